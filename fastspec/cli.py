@@ -1,0 +1,147 @@
+"""The command line: demo, generate, info."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Speculative decoding for LLaVA-style multimodal models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Device = Annotated[str | None, typer.Option(help="torch device; a GPU if there is one")]
+Gamma = Annotated[int, typer.Option(help="drafted tokens per cycle")]
+MaxNewTokens = Annotated[int, typer.Option(help="most tokens to generate")]
+Seed = Annotated[int, typer.Option(help="seed of the random numbers")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy decoding")]
+
+
+@app.command()
+def demo(
+    image: Annotated[Path | None, typer.Option(help="a picture of yours instead of a drawn one")] = None,
+    prompt: Annotated[str | None, typer.Option(help="what to ask about it")] = None,
+    gamma: Gamma = 5,
+    temperature: Temperature = 0.0,
+    max_new_tokens: MaxNewTokens = 160,
+    seed: Seed = 7,
+    device: Device = None,
+    save: Annotated[Path, typer.Option(help="where the drawn picture goes")] = Path("fastspec-demo.png"),
+) -> None:
+    """Lets the built-in miniature LLaVA describe a picture, drafted and accepted tokens told apart."""
+    from fastspec.demo import run_demo
+
+    identical = run_demo(
+        image,
+        prompt,
+        gamma=gamma,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        device=_device(device),
+        save=save,
+        console=Console(highlight=False),
+    )
+    if temperature == 0 and not identical:
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    target: Annotated[str, typer.Option(help="a LLaVA checkpoint: directory, hub name, or 'miniature'")],
+    prompt: Annotated[str, typer.Option(help="what to ask; images come before it")],
+    draft: Annotated[str, typer.Option(help="a draft checkpoint, 'ngram', or 'miniature'")] = "ngram",
+    image: Annotated[list[Path] | None, typer.Option(help="an image file; repeat for several")] = None,
+    gamma: Gamma = 5,
+    rule: Annotated[str | None, typer.Option(help="acceptance rule; the default fits the draft")] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 keeps all")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 keeps all")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is none")] = 1.0,
+    seed: Seed = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Device = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object instead of streaming")
+    ] = False,
+) -> None:
+    """Answers a prompt about images with any LLaVA checkpoint on disk or in the local hub cache."""
+    from fastspec.command import Question, answer
+
+    question = Question(
+        target=target,
+        draft=draft,
+        prompt=prompt,
+        images=tuple(image or ()),
+        gamma=gamma,
+        rule=rule,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        dtype=dtype,
+        device=_device(device),
+    )
+    result = answer(question, stream=not as_json)
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Shows versions, GPUs, backends, and why a backend is off."""
+    from fastspec.info import collect
+
+    facts = collect()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(f"fastspec {facts['fastspec']} at {facts['location']}")
+    console.print(f"Python {facts['python']}, CUDA of torch: {facts['cuda'] or 'none'}")
+    for name, version in facts["packages"].items():
+        console.print(f"  {name:<14}{version or 'not installed'}")
+    for gpu in facts["gpus"]:
+        console.print(
+            f"GPU: {gpu['name']}, compute capability {gpu['compute_capability']}, "
+            f"{gpu['memory_gib']} GiB, {gpu['multiprocessors']} multiprocessors"
+        )
+    if not facts["gpus"]:
+        console.print("GPU: none that torch can use")
+    for backend in facts["backends"]:
+        console.print(
+            f"backend {backend['name']:<10}{'on ' if backend['available'] else 'off'}  {backend['reason']}"
+        )
+    for warning in facts["warnings"]:
+        console.print(f"warning: {warning}")
+
+
+def _device(device: str | None) -> str:
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main() -> None:
+    """Entry point; bad input ends with its message instead of a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

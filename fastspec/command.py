@@ -1,0 +1,148 @@
+"""What ``fastspec generate`` does: load, ask, stream."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    TextStreamer,
+)
+
+from fastspec import generation
+from fastspec.images import load_image
+from fastspec.model.vision import MULTIMODAL_MODELS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Question:
+    """Everything the command line asks for; names as in :func:`fastspec.generate`."""
+
+    target: str
+    draft: str
+    prompt: str
+    images: tuple[Path, ...]
+    gamma: int
+    rule: str | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    dtype: str
+    device: str
+
+
+def answer(question: Question, stream: bool) -> dict[str, Any]:
+    """Generates and returns text and statistics; with ``stream`` the text is printed as it comes.
+
+    Raises:
+        ValueError: for images that cannot be read or checkpoints that cannot be loaded.
+    """
+    images = [load_image(path) for path in question.images]
+    processor, target = load_target(question)
+    draft, draft_tokenizer = load_draft(question)
+    inputs = processor(
+        images=images or None, text=chat_text(processor, question.prompt, len(images)), return_tensors="pt"
+    ).to(question.device)
+
+    sampling = {"do_sample": False}
+    if question.temperature > 0:
+        sampling = {
+            "do_sample": True,
+            "temperature": question.temperature,
+            "top_k": question.top_k,
+            "top_p": question.top_p,
+            "min_p": question.min_p or None,
+        }
+    start = time.perf_counter()
+    output = generation.generate(
+        target,
+        draft=draft,
+        gamma=question.gamma,
+        rule=question.rule,
+        seed=question.seed,
+        tokenizer=processor.tokenizer,
+        draft_tokenizer=draft_tokenizer,
+        streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        if stream
+        else None,
+        **inputs,
+        **sampling,
+        repetition_penalty=question.repetition_penalty,
+        max_new_tokens=question.max_new_tokens,
+        return_dict_in_generate=True,
+    )
+    seconds = time.perf_counter() - start
+    tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    record = output.speculation
+    return {
+        "text": processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+        "tokens": tokens,
+        "finish_reason": record.finish_reasons[0].name.lower(),
+        "seconds": round(seconds, 4),
+        "speculation": {
+            "gamma": question.gamma,
+            "target_passes": record.target_passes,
+            "block_efficiency": record.block_efficiency,
+            "acceptance_by_position": record.acceptance_by_position,
+            "mbsu": record.mbsu,
+        },
+    }
+
+
+def load_target(question: Question):
+    """The processor and the target model."""
+    if question.target == "miniature":
+        from fastspec import miniature
+
+        return miniature.load_processor(), miniature.load_target(device=question.device)
+    dtype = DTYPES.get(question.dtype, question.dtype)
+    if question.dtype != "auto" and question.dtype not in DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {question.dtype!r}")
+    try:
+        processor = AutoProcessor.from_pretrained(question.target)
+        model = AutoModelForImageTextToText.from_pretrained(question.target, dtype=dtype)
+    except OSError as error:
+        raise ValueError(f"cannot load the target {question.target!r}: {error}") from None
+    return processor, model.to(question.device).eval()
+
+
+def load_draft(question: Question):
+    """The draft model (or its keyword) and its tokenizer, if it has one."""
+    if question.draft == "ngram":
+        return "ngram", None
+    if question.draft == "miniature":
+        from fastspec import miniature
+
+        return miniature.load_draft(device=question.device), None
+    try:
+        config = AutoConfig.from_pretrained(question.draft)
+        multimodal = config.model_type in MULTIMODAL_MODELS
+        loader = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+        model = loader.from_pretrained(question.draft, dtype=DTYPES.get(question.dtype, question.dtype))
+    except OSError as error:
+        raise ValueError(f"cannot load the draft {question.draft!r}: {error}") from None
+    return model.to(question.device).eval(), None
+
+
+def chat_text(processor: Any, prompt: str, num_images: int) -> str:
+    """The prompt in the model's chat format, images first; as it stands where there is no chat template."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+    placeholder = getattr(processor, "image_token", "<image>")
+    return f"{placeholder}\n" * num_images + prompt

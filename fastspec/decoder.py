@@ -1,0 +1,303 @@
+"""SpeculativeDecoder: prefill, then cycles of propose, check, accept and commit on preallocated buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fastspec.draft import make_draft
+from fastspec.metrics import SpeculationRecord
+from fastspec.model.cache import CacheView
+from fastspec.model.transformer import DecodeTransformer
+from fastspec.model.vision import MULTIMODAL_MODELS, Prompt, is_multimodal, text_stack
+from fastspec.ops.commit import commit
+from fastspec.ops.verify import verify
+from fastspec.sampling import SamplingParams
+from fastspec.state import DecodeState, FinishReason
+from fastspec.tree import DraftTree
+from fastspec.verification import Rule
+
+MAX_BATCH_SIZE = 8
+DEFAULT_GAMMA = 5
+
+#: Changes target logits ``[B, R, V]`` at tree nodes before they become a law: (state, tree, logits) -> logits.
+LogitsHook = Callable[[DecodeState, DraftTree, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to generate.
+
+    Attributes:
+        prompt: the prompt with its image features.
+        max_new_tokens: most tokens to append.
+        params: how the target samples.
+        draft_params: how the draft samples, if not like the target; any choice leaves the law alone.
+        seed: key of the sequence's random numbers.
+        eos_token_ids: tokens that end it.
+    """
+
+    prompt: Prompt
+    max_new_tokens: int
+    params: SamplingParams = field(default_factory=SamplingParams)
+    draft_params: SamplingParams | None = None
+    seed: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Commitment:
+    """What one cycle committed, read by the host.
+
+    Attributes:
+        tokens: the new tokens of each sequence.
+        num_drafted: how many of them, from the first on, were drafted.
+        reasons: each sequence's finish reason so far.
+    """
+
+    tokens: list[list[int]]
+    num_drafted: list[int]
+    reasons: list[FinishReason]
+
+
+class SpeculativeDecoder:
+    """A target and a draft, with static buffers that serve any number of requests.
+
+    Without a draft it decodes plainly: the same cycle with a tree of one node.
+
+    Args:
+        target: a LLaVA-shaped model of transformers.
+        draft: what :func:`fastspec.draft.make_draft` takes, or None for plain decoding.
+        gamma: length of the draft chain, at least 1; 5 unless given.
+        tree: a :class:`DraftTree` instead of a chain.
+        rule: an acceptance :class:`Rule` or its name; by default block verification on a chain, recursive
+            rejection on a tree, target-only for a draft without a law.
+        batch_size: sequences decoded together, 1 to 8.
+        capacity: most tokens of a sequence, prompt, image and answer together; the target's
+            ``max_position_embeddings`` unless given.
+
+    Raises:
+        TypeError: for a target or draft that is no such model.
+        ValueError: for arguments that do not fit together; the message names expected and given.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        draft: object,
+        *,
+        gamma: int | None = None,
+        tree: DraftTree | None = None,
+        rule: Rule | str | None = None,
+        batch_size: int = 1,
+        capacity: int | None = None,
+    ):
+        check_target(target)
+        self.model = target
+        self.target = DecodeTransformer(*text_stack(target))
+        self.draft = None if draft is None else make_draft(draft)
+        self.tree = resolve_tree(self.draft, gamma, tree)
+        self.rule = resolve_rule(self.draft, self.tree, rule)
+        if not 1 <= batch_size <= MAX_BATCH_SIZE:
+            raise ValueError(f"batch_size must be 1 to {MAX_BATCH_SIZE}, got {batch_size}")
+        if capacity is None:
+            capacity = self.target.max_positions
+        if not 1 < capacity <= self.target.max_positions:
+            raise ValueError(
+                f"capacity must be 2 to {self.target.max_positions}, the target's max_position_embeddings, "
+                f"got {capacity}"
+            )
+        check_devices(self.target, self.draft)
+        self.batch_size, self.capacity = batch_size, capacity
+        self.state = DecodeState(batch_size, capacity, self.tree, self.target.vocab_size, self.target.device)
+        self.cache = self.target.new_cache(batch_size, capacity + self.tree.num_nodes)
+        if self.draft is not None:
+            self.draft.allocate(batch_size, capacity, self.tree)
+        self.logits_hook: LogitsHook | None = None
+        #: Raw target logits of the last pass ``[B, R, V]``, and the nodes of the path it committed.
+        self.last_logits: torch.Tensor | None = None
+        self.last_path: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def prefill(self, requests: Sequence[Request]) -> None:
+        """Reads the prompts and commits the first token of each answer.
+
+        Raises:
+            ValueError: for too many requests, an empty prompt, or one that does not fit the capacity.
+        """
+        self._check_requests(requests)
+        self.state.clear()
+        first_logits = self.target.lm_head.new_zeros(self.batch_size, 1, self.target.vocab_size)
+        for row, request in enumerate(requests):
+            prompt = request.prompt
+            self.state.admit(
+                row,
+                prompt.input_ids,
+                prompt.num_tokens + request.max_new_tokens,
+                request.params,
+                request.draft_params or request.params,
+                request.seed,
+                request.eos_token_ids,
+            )
+            hidden = self.target.prefill(prompt.embeddings(self.target), self.cache, row)
+            first_logits[row] = self.target.logits(hidden[-1:])
+            if self.draft is not None:
+                self.draft.prefill(row, prompt)
+        self._accept(first_logits, DraftTree.chain(0), first=True)
+
+    @torch.no_grad()
+    def cycle(self) -> None:
+        """One cycle for all sequences: a straight line on the device, with no decision of the host's."""
+        state, tables = self.state, self.tree.on(self.target.device)
+        if self.draft is not None:
+            self.draft.propose(state, self.rule)
+        prefix = state.num_tokens - 1
+        hidden = self.target.forward(
+            self.target.embed(state.tree_tokens),
+            prefix[:, None] + tables.depths,
+            self.cache,
+            CacheView(prefix, tables.mask),
+        )
+        self._accept(self.target.logits(hidden), self.tree)
+
+    def _accept(self, logits: torch.Tensor, tree: DraftTree, first: bool = False) -> None:
+        state = self.state
+        self.last_logits = logits
+        if self.logits_hook is not None:
+            logits = self.logits_hook(state, tree, logits)
+        verdict = verify(
+            logits,
+            state.tree_tokens[:, : tree.num_nodes],
+            tree,
+            state.sampling,
+            state.num_tokens,
+            self.rule,
+            state.draft_logits,
+        )
+        self.last_path = verdict.path
+        if not tree.is_chain:
+            self.cache.keep_path(state.num_tokens - 1, verdict.path)
+        commit(state, verdict, first=first)
+
+    def poll(self) -> Commitment:
+        """Reads what the last cycle committed; waits for the device."""
+        state = self.state
+        counts = state.num_new.tolist()
+        ends = state.num_tokens.tolist()
+        tokens = [
+            state.tokens[row, end - count : end].tolist()
+            for row, (count, end) in enumerate(zip(counts, ends, strict=True))
+        ]
+        reasons = [FinishReason(reason) for reason in state.reason.tolist()]
+        return Commitment(tokens, state.num_drafted.tolist(), reasons)
+
+    def stop(self, row: int) -> None:
+        """Ends a sequence from the host, before the next cycle."""
+        self.state.reason[row] = FinishReason.STOPPED
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[Commitment]:
+        """Generates, yielding what the prefill and each cycle committed until all sequences are finished.
+
+        Abandoning the iterator leaves the decoder usable.
+        """
+        self.prefill(requests)
+        commitment = self.poll()
+        yield commitment
+        while (self.state.reason == FinishReason.RUNNING).any():
+            self.cycle()
+            yield self.poll()
+
+    def record(self, num_requests: int | None = None) -> SpeculationRecord:
+        """Statistics of the generation so far."""
+        rows = slice(0, num_requests)
+        return SpeculationRecord(
+            num_nodes=self.tree.num_nodes,
+            draft_passes=self.tree.max_depth,
+            cycles=tuple(self.state.cycles[rows].tolist()),
+            committed=tuple(self.state.committed[rows].tolist()),
+            accepted=tuple(map(tuple, self.state.accepted[rows].tolist())),
+            finish_reasons=tuple(FinishReason(reason) for reason in self.state.reason[rows].tolist()),
+            cost_ratio=0.0 if self.draft is None else self.draft.num_bytes / self.target.num_bytes,
+        )
+
+    def _check_requests(self, requests: Sequence[Request]) -> None:
+        if not 1 <= len(requests) <= self.batch_size:
+            raise ValueError(
+                f"expected 1 to {self.batch_size} requests (the decoder's batch_size), got {len(requests)}"
+            )
+        for row, request in enumerate(requests):
+            length, new = request.prompt.num_tokens, request.max_new_tokens
+            if length < 1:
+                raise ValueError(f"prompt {row} is empty")
+            if new < 1:
+                raise ValueError(f"max_new_tokens must be at least 1, got {new}")
+            if length + new > self.capacity:
+                raise ValueError(
+                    f"prompt {row} has {length} tokens and asks for {new} new ones, {length + new} in all, "
+                    f"but the capacity is {self.capacity}"
+                )
+            if self.draft is not None:
+                self.draft.check(request.prompt)
+
+
+def check_target(target: object) -> None:
+    """Raises TypeError unless the target is a LLaVA-shaped model that is supported."""
+    if not is_multimodal(target) or not hasattr(target, "lm_head"):
+        kind = getattr(getattr(target, "config", None), "model_type", None)
+        given = type(target).__name__ + (f" (model_type {kind!r})" if kind else "")
+        raise TypeError(f"target must be a LLaVA-shaped model ({', '.join(MULTIMODAL_MODELS)}), got {given}")
+
+
+def check_devices(target: DecodeTransformer, draft: object) -> None:
+    """Raises ValueError if a model draft is not on the target's device or its vocabulary is another one."""
+    transformer = getattr(draft, "transformer", None)
+    if transformer is None:
+        return
+    if transformer.device != target.device:
+        raise ValueError(
+            f"draft and target must be on one device, got {transformer.device} and {target.device}"
+        )
+
+
+def resolve_tree(draft: object, gamma: int | None, tree: DraftTree | None) -> DraftTree:
+    """The draft tree that the arguments ask for."""
+    if gamma is not None and tree is not None:
+        raise ValueError("pass gamma or tree, not both")
+    if draft is None:
+        if gamma or (tree is not None and tree.num_nodes > 1):
+            raise ValueError("a draft tree needs a draft, got draft=None")
+        return DraftTree.chain(0)
+    if tree is not None:
+        if not isinstance(tree, DraftTree):
+            raise TypeError(f"tree must be a fastspec.DraftTree, got {type(tree).__name__}")
+        if tree.num_nodes < 2:
+            raise ValueError("the draft tree must have at least one node besides its root")
+        return tree
+    gamma = DEFAULT_GAMMA if gamma is None else gamma
+    if isinstance(gamma, bool) or not isinstance(gamma, int) or gamma < 1:
+        raise ValueError(f"gamma must be an integer of at least 1, got {gamma!r}")
+    return DraftTree.chain(gamma)
+
+
+def resolve_rule(draft: object, tree: DraftTree, rule: Rule | str | None) -> Rule:
+    """The acceptance rule that fits draft and tree, or the one asked for if it does."""
+    deterministic = getattr(draft, "deterministic", False)
+    if rule is None:
+        if deterministic:
+            return Rule.TARGET_ONLY
+        return Rule.BLOCK if tree.is_chain else Rule.RECURSIVE_REJECTION
+    try:
+        rule = Rule(rule)
+    except ValueError:
+        names = ", ".join(repr(one.value) for one in Rule)
+        raise ValueError(f"unknown rule {rule!r}; expected one of {names}") from None
+    rule.check(tree)
+    if deterministic and rule.needs_draft_law:
+        raise ValueError(
+            f"rule {rule.value!r} needs the law the draft sampled from, and this draft has none; "
+            f"use {Rule.TARGET_ONLY.value!r} or {Rule.DRAFTER_INVARIANT.value!r}"
+        )
+    return rule

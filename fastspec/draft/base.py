@@ -1,0 +1,34 @@
+"""What the decoder asks of a draft."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from fastspec.model.vision import Prompt
+from fastspec.state import DecodeState
+from fastspec.tree import DraftTree
+from fastspec.verification import Rule
+
+
+class Draft(ABC):
+    """Proposes the tokens of a tree. It may be anything: the law of the output never depends on it."""
+
+    #: Whether it knows no law q of its tokens, so that only target-only verification is exact.
+    deterministic: bool = False
+    #: Bytes of weights that one of its passes reads.
+    num_bytes: int = 0
+
+    @abstractmethod
+    def allocate(self, batch_size: int, capacity: int, tree: DraftTree) -> None:
+        """Makes its buffers for up to ``capacity`` committed tokens per sequence."""
+
+    def check(self, prompt: Prompt) -> None:  # noqa: B027, most drafts read every prompt
+        """Raises ValueError, before any work, for a prompt it could not read."""
+
+    @abstractmethod
+    def prefill(self, row: int, prompt: Prompt) -> None:
+        """Reads the prompt of one sequence; the first token of the answer comes with the first cycle."""
+
+    @abstractmethod
+    def propose(self, state: DecodeState, rule: Rule) -> None:
+        """Writes ``state.tree_tokens`` below the root and, unless deterministic, ``state.draft_logits``."""

@@ -1,0 +1,55 @@
+"""A compact LLaVA as draft: it gets the image at prefill, through its own vision tower and adapter."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastspec.draft.text import TextDraft
+from fastspec.model.vision import Prompt, check_pixel_values, encode_images
+
+
+class ImageDraft(TextDraft):
+    """A LLaVA-shaped draft. Its image tokens need not be as many as the target's.
+
+    Args:
+        model: a ``LlavaForConditionalGeneration`` or another supported LLaVA-shaped model.
+
+    Raises:
+        ValueError: for an architecture that is not supported.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self._model = model
+
+    def check(self, prompt: Prompt) -> None:
+        if not prompt.images:
+            return
+        if prompt.pixel_values is None:
+            raise ValueError(
+                "an image draft needs pixel_values, got image features only: call fastspec.generate, or bind "
+                "them with fastspec.custom_generate(draft=..., pixel_values=...)"
+            )
+        check_pixel_values(self._model, prompt.pixel_values)
+
+    def prompt_embeddings(self, prompt: Prompt) -> torch.Tensor:
+        if not prompt.images:
+            return super().prompt_embeddings(prompt)
+        images = encode_images(self._model, {"pixel_values": prompt.pixel_values})
+        return torch.cat(list(self._pieces(prompt, images)))
+
+    def _pieces(self, prompt: Prompt, images: tuple[torch.Tensor, ...]):
+        """Text runs and images in order; each image stands where the target's first feature of it stood."""
+        text = self.transformer.embed(prompt.input_ids)
+        placeholders = (prompt.input_ids == prompt.image_token_id).nonzero()[:, 0].tolist()
+        starts, filled = {}, 0
+        for target_image, draft_image in zip(prompt.images, images, strict=True):
+            starts[placeholders[filled]] = draft_image.to(text)
+            filled += target_image.shape[0]
+        skip = set(placeholders)
+        for place in range(prompt.num_tokens):
+            if place in starts:
+                yield starts[place]
+            if place not in skip:
+                yield text[place : place + 1]

@@ -1,0 +1,477 @@
+"""Drop-in generation: transformers' arguments in, transformers' outputs out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from fastspec.decoder import (
+    MAX_BATCH_SIZE,
+    Request,
+    SpeculativeDecoder,
+    check_target,
+    resolve_rule,
+    resolve_tree,
+)
+from fastspec.delivery import Delivery
+from fastspec.draft import Draft, make_draft
+from fastspec.metrics import SpeculationRecord
+from fastspec.model.vision import Prompt, check_pixel_values, deal_images, encode_images, image_token_id
+from fastspec.processors import ProcessorHook, translate
+from fastspec.sampling import SamplingParams
+from fastspec.tree import DraftTree
+from fastspec.verification import Rule
+from fastspec.vocabulary import check_vocabularies
+
+#: Arguments of transformers' own assisted generation, and what they are called here.
+_ASSISTED = {
+    "assistant_model": "draft",
+    "assistant_tokenizer": "draft_tokenizer",
+    "num_assistant_tokens": "gamma",
+    "num_assistant_tokens_schedule": "gamma",
+    "assistant_confidence_threshold": "gamma or tree",
+    "assistant_early_exit": "draft",
+    "assistant_lookbehind": "draft_tokenizer",
+    "target_lookbehind": "draft_tokenizer",
+    "prompt_lookup_num_tokens": "draft='ngram' and gamma",
+    "max_matching_ngram_size": "draft=fastspec.draft.NgramDraft(max_ngram=...)",
+}
+#: Settings of a generation config that change the algorithm: attribute, neutral values, what it is called.
+_UNSUPPORTED = (
+    ("num_beams", (None, 1), "beam search"),
+    ("num_beam_groups", (None, 1), "group beam search"),
+    ("constraints", (None,), "constrained beam search"),
+    ("force_words_ids", (None,), "constrained beam search"),
+    ("penalty_alpha", (None, 0), "contrastive search"),
+    ("dola_layers", (None,), "DoLa decoding"),
+    ("guidance_scale", (None, 1), "classifier-free guidance"),
+    ("prompt_lookup_num_tokens", (None,), "transformers' prompt lookup; use draft='ngram'"),
+    ("assistant_early_exit", (None,), "early-exit self-speculation"),
+    ("use_mtp", (None, False), "multi-token prediction"),
+    ("output_attentions", (None, False), "returning attentions"),
+    ("output_hidden_states", (None, False), "returning hidden states"),
+    ("use_cache", (None, True), "decoding without a cache"),
+    ("cache_implementation", (None,), "another cache (fastspec keeps its own static one)"),
+    ("prefill_chunk_size", (None,), "chunked prefill"),
+)
+_CAPACITY_STEP = 64
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """transformers' output with the statistics of the speculation.
+
+    Attributes:
+        speculation: a :class:`fastspec.metrics.SpeculationRecord`.
+    """
+
+    speculation: SpeculationRecord | None = None
+
+
+def generate(
+    target: nn.Module,
+    inputs: torch.Tensor | None = None,
+    *,
+    draft: object = None,
+    gamma: int | None = None,
+    tree: DraftTree | None = None,
+    rule: Rule | str | None = None,
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    tokenizer: object = None,
+    draft_tokenizer: object = None,
+    streamer: BaseStreamer | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | SpeculativeOutput:
+    """Generates as ``target.generate(**kwargs)`` does, with the same law of answers, by speculative decoding.
+
+    Args:
+        target: a LLaVA-shaped model of transformers.
+        inputs: ``input_ids``, if not passed by that name.
+        draft: a causal language model, a LLaVA-shaped model (it gets the image too) or ``"ngram"``.
+        gamma: drafted tokens per cycle, 5 unless given.
+        tree: a :class:`fastspec.DraftTree` instead of a chain.
+        rule: the acceptance rule, see :class:`fastspec.verification.Rule`; the default fits draft and tree.
+        seed: makes sampling reproducible. An integer gives sequence b the seed ``seed + b``; a list gives
+            each sequence its own.
+        generator: where seeds are drawn from if there is no ``seed``; torch's default generator otherwise.
+        tokenizer, draft_tokenizer: checked against each other; ``tokenizer`` also serves ``stop_strings``.
+        streamer: as in transformers; tokens come as they are committed.
+        **kwargs: everything else ``target.generate`` takes, with its names and defaults.
+
+    Returns:
+        ``[B, L + T]`` token ids, or with ``return_dict_in_generate`` a :class:`SpeculativeOutput`. Scores and
+        logits of sequences that have ended are those of a row of zeros.
+
+    Raises:
+        TypeError, ValueError: before any work, for what cannot be honoured; no argument is ever dropped.
+
+    Example:
+        >>> output = fastspec.generate(target, draft=draft, gamma=5, **inputs, max_new_tokens=100)
+    """
+    check_target(target)
+    for name, ours in _ASSISTED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} belongs to transformers' assisted generation; here it is {ours}")
+    if kwargs.get("custom_generate") is not None:
+        raise ValueError("fastspec.generate is itself a custom_generate; call target.generate to use another")
+    pixel_values = kwargs.get("pixel_values")
+    if pixel_values is not None:
+        check_pixel_values(target, pixel_values)
+    if inputs is not None and kwargs.get("input_ids") is not None:
+        raise ValueError("pass inputs or input_ids, not both")
+    if inputs is not None:
+        kwargs["input_ids"] = inputs
+    _check_input_ids(target, kwargs)
+
+    kwargs, stop_strings = _take_stop_strings(target, kwargs)
+    loop = custom_generate(
+        draft,
+        gamma=gamma,
+        tree=tree,
+        rule=rule,
+        seed=seed,
+        generator=generator,
+        tokenizer=tokenizer,
+        draft_tokenizer=draft_tokenizer,
+        streamer=streamer,
+        stop_strings=stop_strings,
+        pixel_values=pixel_values,
+    )
+    loop.check(target)
+    return target.generate(**kwargs, custom_generate=loop)
+
+
+def custom_generate(
+    draft: object,
+    *,
+    gamma: int | None = None,
+    tree: DraftTree | None = None,
+    rule: Rule | str | None = None,
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    tokenizer: object = None,
+    draft_tokenizer: object = None,
+    streamer: BaseStreamer | None = None,
+    stop_strings: str | list[str] | None = None,
+    pixel_values: torch.Tensor | None = None,
+) -> DecodingLoop:
+    """fastspec through transformers' own door: ``target.generate(..., custom_generate=custom_generate(draft))``.
+
+    transformers does not hand ``streamer``, ``tokenizer`` and ``stop_strings`` on to a custom loop (and from
+    5.18 on ``pixel_values``, which an image draft needs): bind them here. The arguments are those of
+    :func:`generate`.
+    """
+    return DecodingLoop(
+        draft=make_draft(draft),
+        tree=resolve_tree(draft, gamma, tree),
+        rule=rule,
+        seed=seed,
+        generator=generator,
+        tokenizer=tokenizer,
+        draft_tokenizer=draft_tokenizer,
+        streamer=streamer,
+        stop_strings=stop_strings,
+        pixel_values=pixel_values,
+    )
+
+
+@dataclass(frozen=True)
+class DecodingLoop:
+    """The callable that transformers' ``generate`` runs in place of its own sampling loop."""
+
+    draft: Draft
+    tree: DraftTree
+    rule: Rule | str | None
+    seed: int | Sequence[int] | None
+    generator: torch.Generator | None
+    tokenizer: object
+    draft_tokenizer: object
+    streamer: BaseStreamer | None
+    stop_strings: str | list[str] | None
+    pixel_values: torch.Tensor | None
+
+    def check(self, target: nn.Module) -> None:
+        """Raises for a draft, rule or vocabulary that does not fit the target, before any work."""
+        check_target(target)
+        resolve_rule(self.draft, self.tree, self.rule)
+        check_vocabularies(target, self.draft, self.tokenizer, self.draft_tokenizer)
+        if self.stop_strings is not None and self.tokenizer is None:
+            raise ValueError("stop_strings needs tokenizer, got None")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> torch.Tensor | SpeculativeOutput:
+        self.check(model)
+        check_config(generation_config)
+        batch, length = input_ids.shape
+        if batch > MAX_BATCH_SIZE:
+            raise ValueError(f"at most {MAX_BATCH_SIZE} sequences are decoded together, got {batch}")
+        starts = prompt_starts(input_ids, model_kwargs)
+        prompts = make_prompts(
+            model,
+            input_ids,
+            starts,
+            model_kwargs,
+            copies=generation_config.num_return_sequences or 1,
+            pixel_values=self.pixel_values,
+        )
+        check_leftovers(model_kwargs)
+
+        do_sample = bool(generation_config.do_sample)
+        translated = translate(logits_processor, length)
+        eos = _as_list(getattr(generation_config, "_eos_token_tensor", None))
+        new_tokens = generation_config.max_length - length
+        capacity = max(prompt.num_tokens for prompt in prompts) + new_tokens
+        decoder = SpeculativeDecoder(
+            model,
+            self.draft,
+            tree=self.tree,
+            rule=self.rule,
+            batch_size=batch,
+            capacity=_round_capacity(model, capacity),
+        )
+        requests = [
+            Request(
+                prompt,
+                new_tokens,
+                translated.params(prompt.num_tokens, do_sample),
+                seed=seed,
+                eos_token_ids=tuple(eos),
+            )
+            for prompt, seed in zip(prompts, self._seeds(batch), strict=True)
+        ]
+        if translated.foreign:
+            lengths = [prompt.num_tokens for prompt in prompts]
+            decoder.logits_hook = ProcessorHook(logits_processor, input_ids, lengths)
+            plain = SamplingParams(temperature=float(do_sample))
+            requests = [replace(one, params=plain, draft_params=one.params) for one in requests]
+
+        returns_dict = bool(generation_config.return_dict_in_generate)
+        delivery = Delivery(
+            input_ids,
+            _pad_token(generation_config, eos),
+            self._host_criteria(stopping_criteria, generation_config, eos),
+            self.streamer,
+            logits_processor if returns_dict and generation_config.output_scores else None,
+            keep_logits=returns_dict and bool(generation_config.output_logits),
+        )
+        run(decoder, requests, delivery, self.streamer)
+        if not returns_dict:
+            return delivery.sequences
+        return SpeculativeOutput(
+            sequences=delivery.sequences,
+            scores=tuple(delivery.scores) if generation_config.output_scores else None,
+            logits=tuple(delivery.logits) if generation_config.output_logits else None,
+            speculation=replace(decoder.record(batch), drafted=tuple(map(tuple, delivery.drafted))),
+        )
+
+    def _seeds(self, batch: int) -> list[int]:
+        if self.seed is None:
+            return torch.randint(2**63 - 1, (batch,), generator=self.generator).tolist()
+        if isinstance(self.seed, int):
+            return [self.seed + row for row in range(batch)]
+        seeds = [int(seed) for seed in self.seed]
+        if len(seeds) != batch:
+            raise ValueError(f"seed must be an integer or a list of {batch} integers, got {len(seeds)}")
+        return seeds
+
+    def _host_criteria(
+        self, criteria: StoppingCriteriaList, config: GenerationConfig, eos: list[int]
+    ) -> StoppingCriteriaList:
+        """The criteria that the device does not judge itself."""
+        judged = StoppingCriteriaList()
+        for criterion in criteria:
+            if type(criterion) is MaxLengthCriteria and criterion.max_length == config.max_length:
+                continue
+            if type(criterion) is EosTokenCriteria and set(_as_list(criterion.eos_token_id)) <= set(eos):
+                continue
+            judged.append(criterion)
+        if self.stop_strings is not None:
+            judged.append(StopStringCriteria(stop_strings=self.stop_strings, tokenizer=self.tokenizer))
+        return judged
+
+
+def run(
+    decoder: SpeculativeDecoder,
+    requests: list[Request],
+    delivery: Delivery,
+    streamer: BaseStreamer | None = None,
+) -> None:
+    """Decodes the requests to their end and hands every commitment to the delivery."""
+    if streamer is not None:
+        streamer.put(delivery.sequences.cpu())
+    try:
+        for commitment in decoder.stream(requests):
+            logits = None
+            if delivery.wants_logits:
+                logits = [
+                    decoder.last_logits[row, decoder.last_path[row, : len(tokens)]]
+                    for row, tokens in enumerate(commitment.tokens)
+                ]
+            for row in delivery.push(commitment, logits):
+                decoder.stop(row)
+    finally:
+        if streamer is not None:
+            streamer.end()
+
+
+def check_config(config: GenerationConfig) -> None:
+    """Raises ValueError for a way of generating that is not sampling or greedy decoding."""
+    for name, neutral, description in _UNSUPPORTED:
+        value = getattr(config, name, None)
+        if value not in neutral:
+            raise ValueError(f"{name}={value!r} cannot be honoured: {description} is not supported")
+
+
+def check_leftovers(model_kwargs: dict) -> None:
+    """Raises ValueError for a model argument that nothing has used."""
+    cache = model_kwargs.pop("past_key_values", None)
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError("past_key_values with content cannot be honoured: pass the whole prompt")
+    for harmless in ("use_cache", "logits_to_keep", "return_dict"):
+        model_kwargs.pop(harmless, None)
+    left = sorted(name for name, value in model_kwargs.items() if value is not None)
+    if left:
+        raise ValueError(f"these arguments cannot be honoured: {', '.join(left)}")
+
+
+def prompt_starts(input_ids: torch.Tensor, model_kwargs: dict) -> list[int]:
+    """Where each prompt begins after its left padding; takes ``attention_mask`` and ``position_ids``."""
+    batch, length = input_ids.shape
+    mask = model_kwargs.pop("attention_mask", None)
+    if mask is None:
+        mask = torch.ones_like(input_ids)
+    mask = (mask != 0).long()
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have shape {[batch, length]} as input_ids, got {list(mask.shape)}"
+        )
+    starts = (length - mask.sum(1)).tolist()
+    for row, start in enumerate(starts):
+        if start == length:
+            raise ValueError(f"prompt {row} is empty: its attention_mask has no ones")
+        if not mask[row, start:].all():
+            raise ValueError(f"prompt {row} must be padded on the left only (padding_side='left')")
+    positions = model_kwargs.pop("position_ids", None)
+    if positions is not None:
+        expected = (mask.cumsum(1) - 1).to(positions.device)
+        real = mask.bool().to(positions.device)
+        if positions.shape != expected.shape or (positions != expected)[real].any():
+            raise ValueError(
+                "position_ids must count from 0 at each prompt's first token; others are not supported"
+            )
+    return starts
+
+
+def make_prompts(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    starts: list[int],
+    model_kwargs: dict,
+    copies: int,
+    pixel_values: torch.Tensor | None,
+) -> list[Prompt]:
+    """Prompts with their images; encodes each image once however many sequences its prompt returns.
+
+    Takes ``pixel_values`` or ``mm_encoder_outputs`` and what belongs to them from ``model_kwargs``.
+    """
+    placeholder = image_token_id(model)
+    rows = [ids[start:].to(model.device) for ids, start in zip(input_ids, starts, strict=True)]
+    counts = [int((row == placeholder).sum()) for row in rows]
+    encoded = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
+    pixels = model_kwargs.pop("pixel_values", None)
+    options = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    options = {name: model_kwargs.pop(name) for name in options if model_kwargs.get(name) is not None}
+    if encoded is not None:
+        expanded = tuple(encoded.pooler_output)
+        groups = [expanded[first:last] for first, last in deal_images(counts, expanded)[::copies]]
+    elif pixels is not None:
+        # transformers has repeated each image; the first of each run of copies is enough.
+        check_pixel_values(model, pixels)
+        pixels = pixels[::copies]
+        if "image_sizes" in options:
+            options["image_sizes"] = options["image_sizes"][::copies]
+        images = encode_images(model, {"pixel_values": pixels, **options})
+        groups = [images[first:last] for first, last in deal_images(counts[::copies], images)]
+        pixel_values = pixels if pixel_values is None else pixel_values
+    else:
+        for row, count in enumerate(counts):
+            if count:
+                raise ValueError(
+                    f"prompt {row} has {count} image placeholders but no pixel_values were passed"
+                )
+        groups = [()] * len(counts[::copies])
+
+    prompts, first = [], 0
+    for index, group in enumerate(groups):
+        own = None if pixel_values is None or not group else pixel_values[first : first + len(group)]
+        first += len(group)
+        prompts += [
+            Prompt(ids, placeholder, group, own) for ids in rows[index * copies : (index + 1) * copies]
+        ]
+    return prompts
+
+
+def _check_input_ids(target: nn.Module, kwargs: dict) -> None:
+    input_ids = kwargs.get("input_ids")
+    if input_ids is None:
+        raise ValueError(
+            "input_ids are missing: pass what the model's processor returns (inputs_embeds is not supported)"
+        )
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        given = (
+            f"{list(input_ids.shape)} {input_ids.dtype}"
+            if isinstance(input_ids, torch.Tensor)
+            else type(input_ids)
+        )
+        raise TypeError(f"input_ids must be an integer tensor [batch, length], got {given}")
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids must not be empty, got shape {list(input_ids.shape)}")
+    size = target.get_input_embeddings().weight.shape[0]
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= size:
+        raise ValueError(f"input_ids must be in [0, {size}), got values from {low} to {high}")
+
+
+def _take_stop_strings(target: nn.Module, kwargs: dict) -> tuple[dict, str | list[str] | None]:
+    """Stop strings out of the arguments: transformers loses the tokenizer on the way to a custom loop."""
+    kwargs = dict(kwargs)
+    stop_strings = kwargs.pop("stop_strings", None)
+    config = kwargs.get("generation_config") or target.generation_config
+    if config.stop_strings is not None:
+        stop_strings = config.stop_strings if stop_strings is None else stop_strings
+        kwargs["generation_config"] = GenerationConfig.from_dict({**config.to_dict(), "stop_strings": None})
+    return kwargs, stop_strings
+
+
+def _pad_token(config: GenerationConfig, eos: list[int]) -> int:
+    pad = _as_list(getattr(config, "_pad_token_tensor", None))
+    return (pad or eos or [0])[0]
+
+
+def _as_list(ids: torch.Tensor | None) -> list[int]:
+    return [] if ids is None else torch.as_tensor(ids).flatten().tolist()
+
+
+def _round_capacity(model: nn.Module, needed: int) -> int:
+    limit = model.config.get_text_config().max_position_embeddings
+    if needed > limit:
+        raise ValueError(
+            f"prompt and new tokens need {needed} positions, but the target's max_position_embeddings is {limit}"
+        )
+    return min(limit, -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP)

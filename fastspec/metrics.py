@@ -1,0 +1,74 @@
+"""What speculation gained: block efficiency, acceptance by position, memory-bound speed-up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastspec.state import FinishReason
+
+
+def memory_bound_speedup(block_efficiency: float, cost_ratio: float, draft_passes: int) -> float:
+    """MBSU = τ / (c γ + 1), the speed-up if passes cost what their weights take to read.
+
+    Args:
+        block_efficiency: τ, tokens per target pass.
+        cost_ratio: c, bytes read by a draft pass over bytes read by a target pass.
+        draft_passes: γ, draft passes per cycle (the depth of a tree).
+
+    Source: Gagrani et al., 2404.08856, section 4.
+    """
+    return block_efficiency / (cost_ratio * draft_passes + 1)
+
+
+@dataclass(frozen=True)
+class SpeculationRecord:
+    """Statistics of one generation, one entry per sequence.
+
+    Attributes:
+        num_nodes: N, rows of a target pass.
+        draft_passes: draft passes per cycle.
+        cycles: target passes over a tree.
+        committed: tokens committed by cycles; the prefill's first token is not among them.
+        accepted: for each sequence, how many cycles committed 0, 1, ... drafted tokens.
+        finish_reasons: why each sequence ended.
+        cost_ratio: c, bytes of a draft pass over bytes of a target pass.
+        drafted: for each output token of each sequence, whether it was drafted.
+    """
+
+    num_nodes: int
+    draft_passes: int
+    cycles: tuple[int, ...]
+    committed: tuple[int, ...]
+    accepted: tuple[tuple[int, ...], ...]
+    finish_reasons: tuple[FinishReason, ...]
+    cost_ratio: float
+    drafted: tuple[tuple[bool, ...], ...] = field(default=(), repr=False)
+
+    @property
+    def target_passes(self) -> int:
+        """Target passes over trees, all sequences together."""
+        return sum(self.cycles)
+
+    @property
+    def block_efficiency(self) -> float:
+        """τ: tokens committed per target pass; 1 for plain decoding, NaN before the first cycle."""
+        return sum(self.committed) / self.target_passes if self.target_passes else float("nan")
+
+    @property
+    def mean_accepted(self) -> float:
+        """Drafted tokens committed per cycle."""
+        total = sum(count * cycles for row in self.accepted for count, cycles in enumerate(row))
+        return total / self.target_passes if self.target_passes else float("nan")
+
+    @property
+    def acceptance_by_position(self) -> tuple[float, ...]:
+        """For each depth, the share of cycles that committed a drafted token there."""
+        if not self.target_passes:
+            return ()
+        histogram = [sum(row[count] for row in self.accepted) for count in range(len(self.accepted[0]))]
+        return tuple(sum(histogram[depth:]) / self.target_passes for depth in range(1, len(histogram)))
+
+    @property
+    def mbsu(self) -> float:
+        """Memory-bound speed-up at this block efficiency."""
+        return memory_bound_speedup(self.block_efficiency, self.cost_ratio, self.draft_passes)

@@ -1,0 +1,1 @@
+"""The decode-time transformer on a static cache; vision towers and processors stay those of transformers."""

@@ -1,0 +1,177 @@
+"""Sampling parameters and warping: from logits to the law that is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from fastspec.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one sequence samples. The defaults are those of plain sampling from the model.
+
+    The names and their order of application are those of transformers: repetition penalty, minimum length,
+    temperature, top-k, top-p, min-p.
+
+    Args:
+        temperature: 0 is greedy decoding.
+        top_k: keep the k most likely tokens, all those tied with the last; 0 keeps all.
+        top_p: keep the most likely tokens until their mass reaches this share, ties included.
+        min_p: keep the tokens at least this likely relative to the most likely one.
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen before.
+        min_tokens: total length (prompt included) below which no end-of-sequence token is produced.
+
+    Raises:
+        ValueError: for a value outside its range; the message names it.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+
+    def __post_init__(self):
+        ranges = {
+            "temperature": (0 <= self.temperature < float("inf"), "a finite number of at least 0"),
+            "top_k": (self.top_k >= 0 and self.top_k == int(self.top_k), "an integer of at least 0"),
+            "top_p": (0 <= self.top_p <= 1, "in [0, 1]"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "a positive number"),
+            "min_tokens": (self.min_tokens >= 0, "at least 0"),
+        }
+        for name, (valid, expected) in ranges.items():
+            if not valid:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+
+class SamplingTensors:
+    """What sampling a batch needs, on its device, rewritten in place between requests.
+
+    Attributes:
+        temperature, top_p, min_p, repetition_penalty: ``[B]`` float64.
+        top_k, min_tokens: ``[B]`` int64.
+        seed: ``[B]`` int64, the key of the sequence's random numbers.
+        eos_token_ids: ``[B, 16]`` int64, padded with -1.
+        seen: ``[B, V]`` bool, the tokens of the sequence so far.
+
+    Args:
+        sequences: shares seeds, ends and seen tokens with these tensors; only the parameters are its own.
+    """
+
+    MAX_EOS = 16
+
+    def __init__(
+        self,
+        batch_size: int,
+        vocab_size: int,
+        device: torch.device | str,
+        sequences: SamplingTensors | None = None,
+    ):
+        self.vocab_size = vocab_size
+        for parameter in fields(SamplingParams):
+            dtype = torch.int64 if isinstance(parameter.default, int) else torch.float64
+            value = torch.full((batch_size,), parameter.default, dtype=dtype, device=device)
+            setattr(self, parameter.name, value)
+        if sequences is not None:
+            self.seed, self.eos_token_ids, self.seen = sequences.seed, sequences.eos_token_ids, sequences.seen
+            return
+        self.seed = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.eos_token_ids = torch.full((batch_size, self.MAX_EOS), -1, dtype=torch.int64, device=device)
+        self.seen = torch.zeros(batch_size, vocab_size, dtype=torch.bool, device=device)
+
+    def set(self, row: int, params: SamplingParams, seed: int, eos_token_ids: Sequence[int] = ()) -> None:
+        """Writes the parameters, the seed and the ends of one sequence.
+
+        Raises:
+            ValueError: for more than 16 end-of-sequence ids.
+        """
+        if len(eos_token_ids) > self.MAX_EOS:
+            raise ValueError(f"at most {self.MAX_EOS} eos_token_ids are supported, got {len(eos_token_ids)}")
+        for parameter in fields(SamplingParams):
+            getattr(self, parameter.name)[row] = getattr(params, parameter.name)
+        self.seed[row] = seed
+        padded = [*eos_token_ids, *[-1] * (self.MAX_EOS - len(eos_token_ids))]
+        self.eos_token_ids[row] = torch.tensor(padded)
+
+    def penalise(
+        self,
+        logits: torch.Tensor,
+        tree: DraftTree,
+        nodes: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Repetition penalty and minimum length at tree nodes, each with its own prefix.
+
+        Args:
+            logits: ``[B, R, V]``, any floating dtype.
+            tree: the draft tree.
+            nodes: ``[R]`` int64, the nodes whose rows these are.
+            tokens: ``[B, N]`` int64, the tokens of the tree's nodes, at least of the nodes' ancestors.
+            positions: ``[B]`` int64, the position of the root's successor.
+
+        Returns:
+            ``[B, R, V]`` float64.
+        """
+        tables = tree.on(logits.device)
+        scores = logits.double()
+        paths = tables.paths[nodes]
+        on_path = tokens[:, paths].clamp(min=0)
+        seen = self.seen[:, None].expand(scores.shape).scatter(-1, on_path, True)
+        penalty = self.repetition_penalty[:, None, None]
+        scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+        too_short = positions[:, None] + tables.depths[nodes] < self.min_tokens[:, None]
+        eos = torch.zeros_like(self.seen, dtype=torch.int32)
+        eos.scatter_add_(-1, self.eos_token_ids.clamp(min=0), (self.eos_token_ids >= 0).int())
+        return scores.masked_fill(too_short[..., None] & (eos > 0)[:, None], float("-inf"))
+
+    def warp(self, scores: torch.Tensor) -> torch.Tensor:
+        """Temperature, top-k, top-p and min-p as transformers' processors apply them, per sequence.
+
+        After subtracting a row's maximum, w = exp((l - max) / T) turns top-k, top-p and min-p into one
+        threshold on w, so ties are kept or cut together. Temperature 0 leaves the first maximum alone.
+
+        Args:
+            scores: ``[B, R, V]`` float64; every row must be valid (:func:`valid_rows`).
+
+        Returns:
+            ``[B, R, V]`` float64 log-weights: ``softmax`` of them is the law, -inf marks tokens cut away.
+        """
+        maximum = scores.amax(-1, keepdim=True)
+        temperature = self.temperature[:, None, None]
+        log_weights = (scores - maximum) / torch.where(temperature > 0, temperature, 1.0)
+
+        vocab_size = scores.shape[-1]
+        weights, order = log_weights.exp().sort(-1, descending=True)
+        top_k = self.top_k[:, None, None]
+        last = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size) - 1
+        kth = weights.gather(-1, last.expand(*scores.shape[:-1], 1))
+        weights = torch.where(weights >= kth, weights, 0.0)
+
+        # A token stays while the mass of strictly heavier ones is below top_p: equal weights share a fate.
+        cumulative = weights.cumsum(-1)
+        before = torch.nn.functional.pad(cumulative[..., :-1], (1, 0))
+        starts_group = torch.ones_like(weights, dtype=torch.bool)
+        starts_group[..., 1:] = weights[..., 1:] != weights[..., :-1]
+        heavier = torch.where(starts_group, before, 0.0).cummax(-1).values
+        top_p = self.top_p[:, None, None]
+        # Rounding can make the sum of all lighter tokens vanish: top_p = 1 must not depend on it.
+        keep = (heavier == 0) | (heavier < top_p * cumulative[..., -1:]) | (top_p >= 1)
+        keep &= (weights > 0) & (weights >= self.min_p[:, None, None])
+        kept = torch.zeros_like(keep).scatter(-1, order, keep)
+
+        warped = torch.where(kept, log_weights, float("-inf"))
+        first = scores.argmax(-1, keepdim=True)  # the lowest id among ties
+        greedy = torch.full_like(warped, float("-inf")).scatter(-1, first, 0.0)
+        return torch.where(temperature > 0, warped, greedy)
+
+
+def valid_rows(logits: torch.Tensor) -> torch.Tensor:
+    """Rows that define a law: no NaN, no +inf, at least one finite logit. ``[..., V]`` to ``[...]`` bool."""
+    return (logits < float("inf")).all(-1) & (logits > float("-inf")).any(-1)

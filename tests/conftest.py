@@ -1,0 +1,29 @@
+"""Shared switches and fixtures."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # small tensors: threads only get in each other's way, and in that of other workers
+
+
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="run everything at full size")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if "slow" in item.keywords and not config.getoption("--exhaustive"):
+            item.add_marker(pytest.mark.skip(reason="exhaustive; run with --exhaustive"))
+
+
+@pytest.fixture(scope="session")
+def exhaustive(request):
+    """Whether the exhaustive suite was asked for."""
+    return request.config.getoption("--exhaustive")

@@ -1,0 +1,123 @@
+"""Tiny random models for tests that need shapes and laws rather than sense."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+IMAGE_TOKEN_ID = 3
+IMAGE_SIZE = 16
+IMAGE_TOKENS = 4
+
+
+def tiny_llava(
+    vocab_size: int = 64, hidden_size: int = 32, layers: int = 2, seed: int = 0, **text: object
+) -> LlavaForConditionalGeneration:
+    """A random LLaVA with four tokens per 16 x 16 image; sharpened so that greedy choices have margins."""
+    torch.manual_seed(seed)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=IMAGE_SIZE,
+            patch_size=8,
+        ),
+        text_config=LlamaConfig(
+            **{
+                "vocab_size": vocab_size,
+                "hidden_size": hidden_size,
+                "intermediate_size": 2 * hidden_size,
+                "num_hidden_layers": layers,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 256,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "pad_token_id": 0,
+                **text,
+            }
+        ),
+        image_token_id=IMAGE_TOKEN_ID,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-1,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    return _sharpen(model)
+
+
+def tiny_llama(
+    vocab_size: int = 64, hidden_size: int = 16, seed: int = 1, **text: object
+) -> LlamaForCausalLM:
+    """A random text-only draft."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": 2 * hidden_size,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 256,
+            "pad_token_id": 0,
+            **text,
+        }
+    )
+    return _sharpen(LlamaForCausalLM(config).eval())
+
+
+def _sharpen(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.6 if "lm_head" in name or "embed_tokens" in name else 0.2)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = 2
+    return model
+
+
+def picture_inputs(
+    batch: int = 1, text_tokens: int = 8, images: int = 1, vocab_size: int = 64, seed: int = 0
+) -> dict:
+    """Inputs of prompts with images, as a processor would return them."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(batch):
+        text = torch.randint(4, vocab_size, (text_tokens,), generator=generator)
+        rows.append(torch.cat([torch.tensor([1] + [IMAGE_TOKEN_ID] * IMAGE_TOKENS * images), text]))
+    inputs = {"input_ids": torch.stack(rows)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if images:
+        inputs["pixel_values"] = torch.randn(batch * images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    return inputs
+
+
+def noisy_clone(model, noise: float = 0.05, seed: int = 3):
+    """A draft that agrees with the model often but not always."""
+    clone = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in clone.parameters():
+            parameter.add_(noise * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    return clone
+
+
+def left_padded(rows: list[torch.Tensor], pad_token_id: int = 0) -> dict:
+    """``input_ids`` and ``attention_mask`` of prompts of different lengths."""
+    length = max(len(row) for row in rows)
+    ids = torch.stack(
+        [torch.nn.functional.pad(row, (length - len(row), 0), value=pad_token_id) for row in rows]
+    )
+    mask = torch.stack(
+        [torch.nn.functional.pad(torch.ones_like(row), (length - len(row), 0)) for row in rows]
+    )
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,114 @@
+"""Models whose law is a table: the production cycle at full speed, thousands of sequences at once."""
+
+from __future__ import annotations
+
+import torch
+
+from fastspec import DraftTree, decoder
+from fastspec.decoder import Request, SpeculativeDecoder
+from fastspec.draft import TextDraft
+from fastspec.model.vision import Prompt
+from fastspec.sampling import SamplingParams
+from fastspec.state import DecodeState, FinishReason
+from fastspec.verification import Rule
+
+
+class _NoCache:
+    """A cache for models without attention."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+
+    def keep_path(self, prefix, path):
+        pass
+
+
+class TableTransformer:
+    """The interface of DecodeTransformer; logits are a function of the last token and its position.
+
+    Args:
+        logits: ``[positions, V, V]``, by position of the last token and its id.
+    """
+
+    def __init__(self, logits: torch.Tensor):
+        self.table = logits
+        self.device, self.dtype = logits.device, logits.dtype
+        self.vocab_size = logits.shape[-1]
+        self.max_positions = logits.shape[0]
+        self.num_bytes = logits.numel()
+        self.lm_head = logits
+
+    def new_cache(self, batch_size: int, capacity: int) -> _NoCache:
+        return _NoCache(capacity)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return token_ids.clamp(min=0)[..., None].to(self.dtype)
+
+    def prefill(self, embeddings, cache, sequence):
+        positions = torch.arange(len(embeddings), device=self.device)[:, None].to(self.dtype)
+        return torch.cat([embeddings, positions], dim=-1)
+
+    def forward(self, embeddings, positions, cache, view):
+        return torch.cat([embeddings, positions[..., None].to(self.dtype)], dim=-1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        token, position = hidden.long().unbind(-1)
+        return self.table[position.clamp(max=len(self.table) - 1), token]
+
+
+class TableDraft(TextDraft):
+    """The production text draft over a table."""
+
+    def __init__(self, logits: torch.Tensor):
+        self.transformer = TableTransformer(logits)
+        self.num_bytes = self.transformer.num_bytes
+
+
+def table_decoder(
+    target: torch.Tensor, draft: torch.Tensor | None, tree: DraftTree, rule: Rule, batch_size: int
+) -> SpeculativeDecoder:
+    """A SpeculativeDecoder over tables, for any batch size."""
+    self = SpeculativeDecoder.__new__(SpeculativeDecoder)
+    self.model = None
+    self.target = TableTransformer(target)
+    self.draft = None if draft is None else TableDraft(draft)
+    self.tree, self.rule = tree, rule
+    self.batch_size, self.capacity = batch_size, len(target)
+    self.state = DecodeState(batch_size, self.capacity, tree, self.target.vocab_size, self.target.device)
+    self.cache = self.target.new_cache(batch_size, self.capacity)
+    if self.draft is not None:
+        self.draft.allocate(batch_size, self.capacity, tree)
+    self.logits_hook = self.last_logits = self.last_path = None
+    return self
+
+
+def sample_tokens(
+    decoder_: SpeculativeDecoder, num_tokens: int, params: SamplingParams, first_seed: int
+) -> torch.Tensor:
+    """The first tokens of one answer per sequence, each with its own seed: ``[B, num_tokens]``."""
+    state = decoder_.state
+    device = state.tokens.device
+    prompt = torch.zeros(1, dtype=torch.int64, device=device)
+    state.clear()
+    state.admit(0, prompt, 1 + num_tokens, params, params, 0, ())
+    for tensors in (state.sampling, state.draft_sampling):
+        for name in vars(params):
+            getattr(tensors, name)[:] = getattr(params, name)
+    state.sampling.seen[:] = state.sampling.seen[:1]
+    state.tree_tokens[:, 0] = 0
+    state.tokens[:, 0] = 0
+    state.max_tokens[:] = 1 + num_tokens
+    state.reason[:] = FinishReason.RUNNING
+    state.sampling.seed[:] = torch.arange(first_seed, first_seed + decoder_.batch_size, device=device)
+    if decoder_.draft is not None:
+        decoder_.draft._length[:] = 1
+    first = decoder_.target.table[0, 0].expand(decoder_.batch_size, 1, -1)
+    decoder_._accept(first, DraftTree.chain(0), first=True)
+    for _ in range(num_tokens):
+        if not (state.reason == FinishReason.RUNNING).any():
+            break
+        decoder_.cycle()
+    return state.tokens[:, 1 : 1 + num_tokens]
+
+
+__all__ = ["Prompt", "Request", "TableDraft", "TableTransformer", "decoder", "sample_tokens", "table_decoder"]

@@ -1,0 +1,163 @@
+"""The production cycle samples the target's law: chi-squared over the joint law of three tokens."""
+
+import pytest
+import torch
+from table_model import sample_tokens, table_decoder
+
+from fastspec import DraftTree, philox
+from fastspec.draft import TextDraft
+from fastspec.sampling import SamplingParams, SamplingTensors
+from fastspec.verification import Rule
+
+POSITIONS, TOKENS = 8, 3
+CHAIN, TREE = DraftTree.chain(2), DraftTree.kary((3, 2))
+
+
+def tables(vocab_size, kind, seed=0):
+    """Target and an adversarial draft, ``[positions, V, V]`` logits."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(POSITIONS, vocab_size, vocab_size, generator=generator) * 1.2
+    draft = {
+        "unrelated": lambda: torch.randn(target.shape, generator=generator) * 1.5,
+        "negated": lambda: -target,
+        "equal": lambda: target.clone(),
+        "close": lambda: target + 0.3 * torch.randn(target.shape, generator=generator),
+        "onehot": lambda: torch.where(target == target.amax(-1, keepdim=True), 50.0, 0.0),
+        "missing": lambda: torch.where(
+            torch.rand(target.shape, generator=generator) < 0.4, float("-inf"), target
+        ),
+    }[kind]()
+    return target, draft
+
+
+def joint_law(target, params):
+    """The target's law of the first three tokens after token 0 at position 0, by transformers' definitions."""
+    sampling = SamplingTensors(1, target.shape[-1], "cpu")
+    sampling.set(0, params, 0)
+    law = sampling.warp(target.double().flatten(0, 1)[None]).softmax(-1)[0].view_as(target)
+    first = law[0, 0]
+    second = first[:, None] * law[1]
+    return second[..., None] * law[2][None]
+
+
+def chi_squared(counts, law):
+    """(statistic, degrees of freedom); cells of tiny expectation are pooled, impossible ones must be empty."""
+    total = counts.sum()
+    assert counts[law == 0].sum() == 0, "a token of probability zero was emitted"
+    expected, observed = law[law > 0] * total, counts[law > 0].double()
+    small = expected < 10
+    expected = torch.cat([expected[~small], expected[small].sum()[None]])
+    observed = torch.cat([observed[~small], observed[small].sum()[None]])
+    keep = expected > 0
+    expected, observed = expected[keep], observed[keep]
+    return float(((observed - expected) ** 2 / expected).sum()), len(expected) - 1
+
+
+def sampled_law(target, draft, tree, rule, params, trials, batch=4_000):
+    vocab_size = target.shape[-1]
+    decoder = table_decoder(target, draft, tree, rule, min(batch, trials))
+    counts = torch.zeros(vocab_size**TOKENS, dtype=torch.int64)
+    weights = vocab_size ** torch.arange(TOKENS - 1, -1, -1)
+    for first_seed in range(0, trials, decoder.batch_size):
+        tokens = sample_tokens(decoder, TOKENS, params, first_seed)
+        counts += torch.bincount((tokens * weights).sum(1), minlength=len(counts))
+    return counts.view([vocab_size] * TOKENS)
+
+
+def check(target, draft, tree, rule, params, trials):
+    statistic, freedom = chi_squared(
+        sampled_law(target, draft, tree, rule, params, trials), joint_law(target, params)
+    )
+    assert statistic < freedom + 10 * (2 * freedom) ** 0.5, (statistic, freedom)
+
+
+CASES = [
+    (rule, tree)
+    for rule in Rule
+    for tree in (CHAIN, TREE)
+    if tree.is_chain or rule not in (Rule.TOKEN_LEVEL, Rule.BLOCK)
+]
+
+
+@pytest.mark.parametrize("kind", ["unrelated", "negated", "equal", "onehot", "missing"])
+@pytest.mark.parametrize(("rule", "tree"), CASES, ids=lambda value: getattr(value, "value", None))
+def test_every_rule_samples_the_target(rule, tree, kind, exhaustive):
+    target, draft = tables(8, kind)
+    check(target, draft, tree, rule, SamplingParams(), 1_000_000 if exhaustive else 24_000)
+
+
+@pytest.mark.parametrize(
+    ("rule", "tree"), [(Rule.BLOCK, CHAIN), (Rule.RECURSIVE_REJECTION, DraftTree.kary((2, 1)))]
+)
+def test_a_million_trials(rule, tree):
+    target, draft = tables(8, "close")
+    check(target, draft, tree, rule, SamplingParams(), 1_000_000)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.6),
+        SamplingParams(top_k=4),
+        SamplingParams(top_p=0.7),
+        SamplingParams(min_p=0.2, temperature=1.5),
+        SamplingParams(temperature=0.8, top_k=6, top_p=0.9, min_p=0.05),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("rule", "tree"), [(Rule.BLOCK, CHAIN), (Rule.RECURSIVE_REJECTION, TREE)])
+def test_warped_laws(rule, tree, params, exhaustive):
+    target, draft = tables(8, "unrelated", seed=4)
+    check(target, draft, tree, rule, params, 1_000_000 if exhaustive else 24_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab_size", [16, 32])
+def test_wider_vocabularies(vocab_size):
+    target, draft = tables(vocab_size, "unrelated")
+    check(target, draft, CHAIN, Rule.BLOCK, SamplingParams(), 1_000_000)
+
+
+# Planted mistakes that only the running system can show.
+
+
+def test_one_random_stream_for_everything_is_caught(monkeypatch):
+    """Draft, accept test and residual share their bits: a few percent of bias, found by the joint law."""
+    honest = philox._block
+
+    def shared(seed, position, stream, node, pair):
+        return honest(seed, position, 0, torch.zeros_like(node), pair)
+
+    monkeypatch.setattr(philox, "_block", shared)
+    target, draft = tables(8, "close")
+    with pytest.raises(AssertionError):
+        check(target, draft, CHAIN, Rule.TOKEN_LEVEL, SamplingParams(), 1_000_000)
+
+
+def test_noise_reused_by_the_next_cycle_is_caught(monkeypatch):
+    """Keyed by the token's own position, bottom-up rules would reuse draws they have already looked at."""
+    honest = philox._block
+    depths = torch.tensor(CHAIN.depths)
+
+    def by_token(seed, position, stream, node, pair):
+        depth = depths[node] + (0 if stream == philox.Stream.ACCEPT else 1)
+        return honest(seed, position + depth, stream, torch.zeros_like(node), pair)
+
+    monkeypatch.setattr(philox, "_block", by_token)
+    target, draft = tables(8, "unrelated")
+    with pytest.raises(AssertionError):
+        check(target, draft, CHAIN, Rule.BLOCK, SamplingParams(), 1_000_000)
+
+
+def test_q_stored_before_warping_is_caught(monkeypatch):
+    """The draft samples at temperature 0.5 but verification is told the law at temperature 1."""
+    honest = TextDraft.propose
+
+    def tampered(self, state, rule):
+        honest(self, state, rule)
+        state.draft_logits.mul_(0.5)
+
+    monkeypatch.setattr(TextDraft, "propose", tampered)
+    target, draft = tables(8, "unrelated")
+    with pytest.raises(AssertionError):
+        check(target, draft, CHAIN, Rule.TOKEN_LEVEL, SamplingParams(temperature=0.5), 100_000)
