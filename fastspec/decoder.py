@@ -13,8 +13,8 @@ from fastspec.metrics import SpeculationRecord
 from fastspec.model.cache import CacheView
 from fastspec.model.transformer import DecodeTransformer
 from fastspec.model.vision import MULTIMODAL_MODELS, Prompt, is_multimodal, text_stack
+from fastspec.ops import Verifier
 from fastspec.ops.commit import commit
-from fastspec.ops.verify import verify
 from fastspec.sampling import SamplingParams
 from fastspec.state import DecodeState, FinishReason
 from fastspec.tree import DraftTree
@@ -115,7 +115,10 @@ class SpeculativeDecoder:
         self.state = DecodeState(batch_size, capacity, self.tree, self.target.vocab_size, self.target.device)
         self.cache = self.target.new_cache(batch_size, capacity + self.tree.num_nodes)
         if self.draft is not None:
-            self.draft.allocate(batch_size, capacity, self.tree)
+            self.draft.allocate(batch_size, capacity, self.tree, self.target.vocab_size, self.rule)
+        shape = (batch_size, self.target.vocab_size, self.rule, self.target.device)
+        self._verifier = Verifier(self.tree, *shape)
+        self._first_verifier = Verifier(DraftTree.chain(0), *shape)
         self.logits_hook: LogitsHook | None = None
         #: Raw target logits of the last pass ``[B, R, V]``, and the nodes of the path it committed.
         self.last_logits: torch.Tensor | None = None
@@ -153,7 +156,7 @@ class SpeculativeDecoder:
         """One cycle for all sequences: a straight line on the device, with no decision of the host's."""
         state, tables = self.state, self.tree.on(self.target.device)
         if self.draft is not None:
-            self.draft.propose(state, self.rule)
+            self.draft.propose(state)
         prefix = state.num_tokens - 1
         hidden = self.target.forward(
             self.target.embed(state.tree_tokens),
@@ -168,15 +171,9 @@ class SpeculativeDecoder:
         self.last_logits = logits
         if self.logits_hook is not None:
             logits = self.logits_hook(state, tree, logits)
-        verdict = verify(
-            logits,
-            state.tree_tokens[:, : tree.num_nodes],
-            tree,
-            state.sampling,
-            state.num_tokens,
-            self.rule,
-            state.draft_logits,
-        )
+        verifier = self._first_verifier if first else self._verifier
+        tokens = state.tree_tokens[:, : tree.num_nodes]
+        verdict = verifier(logits, tokens, state.sampling, state.num_tokens, state.draft_logits)
         self.last_path = verdict.path
         if not tree.is_chain:
             self.cache.keep_path(state.num_tokens - 1, verdict.path)

@@ -113,7 +113,8 @@ class SamplingTensors:
             logits: ``[B, R, V]``, any floating dtype.
             tree: the draft tree.
             nodes: ``[R]`` int64, the nodes whose rows these are.
-            tokens: ``[B, N]`` int64, the tokens of the tree's nodes, at least of the nodes' ancestors.
+            tokens: ``[B, N]`` int64, the tokens of the tree's nodes, at least of the nodes' ancestors; -1 for
+                none. The root's is not read: it is among the seen ones.
             positions: ``[B]`` int64, the position of the root's successor.
 
         Returns:
@@ -122,8 +123,10 @@ class SamplingTensors:
         tables = tree.on(logits.device)
         scores = logits.double()
         paths = tables.paths[nodes]
-        on_path = tokens[:, paths].clamp(min=0)
-        seen = self.seen[:, None].expand(scores.shape).scatter(-1, on_path, True)
+        on_path = tokens[:, paths]
+        drafted = ((paths > 0) & (on_path >= 0)).int()  # the root is among the seen tokens
+        hits = torch.zeros_like(scores, dtype=torch.int32).scatter_add(-1, on_path.clamp(min=0), drafted)
+        seen = self.seen[:, None] | (hits > 0)
         penalty = self.repetition_penalty[:, None, None]
         scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
         too_short = positions[:, None] + tables.depths[nodes] < self.min_tokens[:, None]

@@ -178,7 +178,10 @@ class TreeTensors:
         parents: ``[N]`` int64; the root's is 0.
         paths: ``[N, D + 1]`` int64, the nodes from the root to each node, padded with the node itself.
         mask: ``[N, N]`` bool, true where the column is an ancestor of the row or the row itself.
-        inner: ``[N_inner]`` int64.
+        inner: ``[N_inner]`` int64, the nodes that have children.
+        inner_rows: ``[N]`` int64, for each node the row of its parent among the draft's distributions; 0 for
+            the root.
+        table: ``[N, 8]`` int32, what the kernels read (``TreeNode`` in csrc/params.h).
     """
 
     depths: torch.Tensor
@@ -186,6 +189,8 @@ class TreeTensors:
     paths: torch.Tensor
     mask: torch.Tensor
     inner: torch.Tensor
+    inner_rows: torch.Tensor
+    table: torch.Tensor
 
 
 @lru_cache(maxsize=64)
@@ -194,6 +199,13 @@ def _tree_tensors(tree: DraftTree, device: torch.device) -> TreeTensors:
     mask = torch.zeros(tree.num_nodes, tree.num_nodes, dtype=torch.bool)
     for node, path in enumerate(paths):
         mask[node, list(path)] = True
+    rows = tree.inner_index
+    table = torch.zeros(tree.num_nodes, 8, dtype=torch.int32)
+    for node, children in enumerate(tree.children):
+        first = children[0] if children else 0
+        inner_node = tree.inner[node] if node < len(tree.inner) else 0
+        place = (tree.parents[node], tree.depths[node], first, len(children), rows.get(node, -1), inner_node)
+        table[node, : len(place)] = torch.tensor(place)
     padded = [path + (path[-1],) * (tree.max_depth + 1 - len(path)) for path in paths]
     return TreeTensors(
         depths=torch.tensor(tree.depths, device=device),
@@ -201,4 +213,6 @@ def _tree_tensors(tree: DraftTree, device: torch.device) -> TreeTensors:
         paths=torch.tensor(padded, device=device),
         mask=mask.to(device),
         inner=torch.tensor(tree.inner, dtype=torch.long, device=device),
+        inner_rows=torch.tensor([rows.get(parent, 0) for parent in tree.parents], device=device),
+        table=table.to(device),
     )

@@ -8,6 +8,7 @@ from fastspec import DraftTree, decoder
 from fastspec.decoder import Request, SpeculativeDecoder
 from fastspec.draft import TextDraft
 from fastspec.model.vision import Prompt
+from fastspec.ops import Verifier
 from fastspec.sampling import SamplingParams
 from fastspec.state import DecodeState, FinishReason
 from fastspec.verification import Rule
@@ -77,7 +78,9 @@ def table_decoder(
     self.state = DecodeState(batch_size, self.capacity, tree, self.target.vocab_size, self.target.device)
     self.cache = self.target.new_cache(batch_size, self.capacity)
     if self.draft is not None:
-        self.draft.allocate(batch_size, self.capacity, tree)
+        self.draft.allocate(batch_size, self.capacity, tree, self.target.vocab_size, rule)
+    shape = (batch_size, self.target.vocab_size, rule, self.target.device)
+    self._verifier, self._first_verifier = Verifier(tree, *shape), Verifier(DraftTree.chain(0), *shape)
     self.logits_hook = self.last_logits = self.last_path = None
     return self
 
@@ -102,7 +105,7 @@ def sample_tokens(
     state.sampling.seed[:] = torch.arange(first_seed, first_seed + decoder_.batch_size, device=device)
     if decoder_.draft is not None:
         decoder_.draft._length[:] = 1
-    first = decoder_.target.table[0, 0].expand(decoder_.batch_size, 1, -1)
+    first = decoder_.target.table[0, 0].repeat(decoder_.batch_size, 1, 1)
     decoder_._accept(first, DraftTree.chain(0), first=True)
     for _ in range(num_tokens):
         if not (state.reason == FinishReason.RUNNING).any():

@@ -18,7 +18,6 @@ import fastspec
 from fastspec import DraftTree, SpeculativeDecoder
 from fastspec.draft import NgramDraft
 from fastspec.images import load_image
-from fastspec.ops import verify as verify_module
 
 TARGET = tiny_llava()
 TEXT = tiny_llama()
@@ -275,7 +274,7 @@ def test_models_on_several_devices():
 
 
 def test_an_image_draft_without_pixels_is_said_before_any_work(monkeypatch):
-    monkeypatch.setattr(verify_module, "verify", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(SpeculativeDecoder, "_accept", lambda *_: pytest.fail("work was done"))
     features = TARGET.model.get_image_features(
         picture_inputs()["pixel_values"],
         vision_feature_layer=-1,

@@ -14,7 +14,7 @@ CHAIN, TREE = DraftTree.chain(2), DraftTree.kary((3, 2))
 
 
 def tables(vocab_size, kind, seed=0):
-    """Target and an adversarial draft, ``[positions, V, V]`` logits."""
+    """Target and an adversarial draft, ``[positions, V, V]`` logits, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.randn(POSITIONS, vocab_size, vocab_size, generator=generator) * 1.2
     draft = {
@@ -32,6 +32,7 @@ def tables(vocab_size, kind, seed=0):
 
 def joint_law(target, params):
     """The target's law of the first three tokens after token 0 at position 0, by transformers' definitions."""
+    target = target.cpu()
     sampling = SamplingTensors(1, target.shape[-1], "cpu")
     sampling.set(0, params, 0)
     law = sampling.warp(target.double().flatten(0, 1)[None]).softmax(-1)[0].view_as(target)
@@ -53,15 +54,16 @@ def chi_squared(counts, law):
     return float(((observed - expected) ** 2 / expected).sum()), len(expected) - 1
 
 
-def sampled_law(target, draft, tree, rule, params, trials, batch=4_000):
+def sampled_law(target, draft, tree, rule, params, trials):
     vocab_size = target.shape[-1]
+    batch = 4_000 if target.device.type == "cpu" else 20_000
     decoder = table_decoder(target, draft, tree, rule, min(batch, trials))
-    counts = torch.zeros(vocab_size**TOKENS, dtype=torch.int64)
-    weights = vocab_size ** torch.arange(TOKENS - 1, -1, -1)
+    counts = torch.zeros(vocab_size**TOKENS, dtype=torch.int64, device=target.device)
+    weights = vocab_size ** torch.arange(TOKENS - 1, -1, -1, device=target.device)
     for first_seed in range(0, trials, decoder.batch_size):
         tokens = sample_tokens(decoder, TOKENS, params, first_seed)
         counts += torch.bincount((tokens * weights).sum(1), minlength=len(counts))
-    return counts.view([vocab_size] * TOKENS)
+    return counts.cpu().view([vocab_size] * TOKENS)
 
 
 def check(target, draft, tree, rule, params, trials):
@@ -153,11 +155,70 @@ def test_q_stored_before_warping_is_caught(monkeypatch):
     """The draft samples at temperature 0.5 but verification is told the law at temperature 1."""
     honest = TextDraft.propose
 
-    def tampered(self, state, rule):
-        honest(self, state, rule)
+    def tampered(self, state):
+        honest(self, state)
         state.draft_logits.mul_(0.5)
 
     monkeypatch.setattr(TextDraft, "propose", tampered)
     target, draft = tables(8, "unrelated")
     with pytest.raises(AssertionError):
         check(target, draft, CHAIN, Rule.TOKEN_LEVEL, SamplingParams(temperature=0.5), 100_000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("kind", ["unrelated", "negated", "equal", "close", "onehot", "missing"])
+@pytest.mark.parametrize(
+    ("rule", "tree"),
+    [case for case in CASES if case[0] is not Rule.TRAVERSAL],
+    ids=lambda v: getattr(v, "value", None),
+)
+def test_the_kernels_sample_the_target(rule, tree, kind, backend, monkeypatch):
+    monkeypatch.setenv("FASTSPEC_BACKEND", backend)
+    target, draft = tables(8, kind)
+    check(target.cuda(), draft.cuda(), tree, rule, SamplingParams(), 1_000_000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("vocab_size", [16, 32])
+def test_the_kernels_sample_warped_laws(vocab_size, backend, monkeypatch):
+    monkeypatch.setenv("FASTSPEC_BACKEND", backend)
+    target, draft = tables(vocab_size, "unrelated", seed=4)
+    params = SamplingParams(temperature=0.8, top_k=12, top_p=0.9, min_p=0.02)
+    for rule, tree in ((Rule.BLOCK, CHAIN), (Rule.RECURSIVE_REJECTION, TREE), (Rule.TARGET_ONLY, TREE)):
+        check(target.cuda(), draft.cuda(), tree, rule, params, 1_000_000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("trap", ["q before warping", "children re-sorted", "top-k children as if drawn"])
+def test_the_kernels_fail_the_test_when_misled(trap, backend, monkeypatch):
+    """Planted mistakes in what the kernels are handed must show in the joint law."""
+    monkeypatch.setenv("FASTSPEC_BACKEND", backend)
+    honest = TextDraft.propose
+
+    def tampered(self, state):
+        if trap == "top-k children as if drawn":
+            heat = state.draft_sampling.temperature.clone()
+            honest(self, state)
+            drawn = state.draft_logits.clone()
+            state.draft_sampling.temperature.zero_()
+            honest(self, state)
+            state.draft_sampling.temperature.copy_(heat)
+            state.draft_logits.copy_(drawn)
+            return
+        honest(self, state)
+        if trap == "q before warping":
+            state.draft_logits.mul_(0.5)
+        else:
+            first = state.tree_tokens[:, 1:4]
+            likely = state.draft_logits[:, 0].gather(1, first.clamp(min=0)).argsort(dim=1, descending=True)
+            state.tree_tokens[:, 1:4] = first.gather(1, likely)
+
+    monkeypatch.setattr(TextDraft, "propose", tampered)
+    target, draft = tables(8, "unrelated")
+    tree = DraftTree.kary((3,))
+    params = SamplingParams(temperature=0.7)
+    with pytest.raises(AssertionError):
+        check(target.cuda(), draft.cuda(), tree, Rule.RECURSIVE_REJECTION, params, 200_000)

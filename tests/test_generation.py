@@ -1,5 +1,6 @@
 """fastspec.generate is target.generate: the same tokens, outputs, stops and calls."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -529,3 +530,44 @@ def test_the_drafts_vocabulary_may_be_smaller_or_padded(vocab_size):
     for kind in ({"gamma": 3}, {"tree": TREE}):
         expected, ours = both(picture_inputs(2), draft=tiny_llama(vocab_size), **GREEDY, **kind)
         assert torch.equal(expected, ours)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_on_a_gpu_the_kernels_decide_and_the_text_is_the_same(backend, monkeypatch):
+    monkeypatch.setenv("FASTSPEC_BACKEND", backend)
+    target, clone, text = (copy.deepcopy(model).cuda() for model in (TARGET, CLONE, TEXT))
+    for seed in range(3):
+        inputs = picture_inputs(3, seed=seed)
+        expected = TARGET.generate(**inputs, **GREEDY)
+        for kind in SPECULATION.values():
+            for draft in (clone, text):
+                on_gpu = {name: value.cuda() for name, value in inputs.items()}
+                got = fastspec.generate(target, draft=draft, **on_gpu, **GREEDY, **kind)
+                assert torch.equal(expected, got.cpu())
+    decoder = SpeculativeDecoder(target, text)
+    assert decoder._verifier.backend == backend
+    assert decoder.draft.transformer.device.type == "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", ["block", "target_only", "drafter_invariant"])
+def test_on_a_gpu_sampling_gives_the_tokens_of_the_cpu(rule):
+    """The same counter-based random numbers on both: the same sampled text, but for rounding."""
+    target, clone = copy.deepcopy(TARGET).cuda(), copy.deepcopy(CLONE).cuda()
+    arguments = {
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_k": 20,
+        "max_new_tokens": 16,
+        "rule": rule,
+        "gamma": 3,
+    }
+    same = 0
+    for seed in range(20):
+        inputs = picture_inputs(2, seed=seed)
+        expected = fastspec.generate(TARGET, draft=CLONE, seed=seed, **inputs, **arguments)
+        on_gpu = {name: value.cuda() for name, value in inputs.items()}
+        got = fastspec.generate(target, draft=clone, seed=seed, **on_gpu, **arguments).cpu()
+        same += got.shape == expected.shape and bool((got == expected).all())
+    assert same >= 19

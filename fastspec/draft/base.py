@@ -19,8 +19,16 @@ class Draft(ABC):
     num_bytes: int = 0
 
     @abstractmethod
-    def allocate(self, batch_size: int, capacity: int, tree: DraftTree) -> None:
-        """Makes its buffers for up to ``capacity`` committed tokens per sequence."""
+    def allocate(self, batch_size: int, capacity: int, tree: DraftTree, vocab_size: int, rule: Rule) -> None:
+        """Makes its buffers.
+
+        Args:
+            batch_size: sequences drafted together.
+            capacity: most committed tokens of a sequence.
+            tree: the shape of what it proposes.
+            vocab_size: the target's vocabulary.
+            rule: how its tokens will be accepted, which decides how they are best drawn.
+        """
 
     def check(self, prompt: Prompt) -> None:  # noqa: B027, most drafts read every prompt
         """Raises ValueError, before any work, for a prompt it could not read."""
@@ -30,5 +38,5 @@ class Draft(ABC):
         """Reads the prompt of one sequence; the first token of the answer comes with the first cycle."""
 
     @abstractmethod
-    def propose(self, state: DecodeState, rule: Rule) -> None:
+    def propose(self, state: DecodeState) -> None:
         """Writes ``state.tree_tokens`` below the root and, unless deterministic, ``state.draft_logits``."""

@@ -28,7 +28,7 @@ class NgramDraft(Draft):
             raise ValueError(f"max_ngram must be at least 1, got {max_ngram}")
         self.max_ngram = max_ngram
 
-    def allocate(self, batch_size: int, capacity: int, tree: DraftTree) -> None:
+    def allocate(self, batch_size: int, capacity: int, tree: DraftTree, vocab_size: int, rule: Rule) -> None:
         if not tree.is_chain:
             raise ValueError(
                 f"draft='ngram' proposes a chain, got a tree of {tree.num_nodes} nodes with siblings"
@@ -38,7 +38,7 @@ class NgramDraft(Draft):
     def prefill(self, row: int, prompt: Prompt) -> None:
         self._image_token_ids[row] = prompt.image_token_id
 
-    def propose(self, state: DecodeState, rule: Rule) -> None:
+    def propose(self, state: DecodeState) -> None:
         tokens, length = state.tokens, state.num_tokens[:, None]
         places = torch.arange(tokens.shape[1], device=tokens.device)
         image = torch.tensor(self._image_token_ids, device=tokens.device)[:, None]

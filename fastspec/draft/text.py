@@ -9,7 +9,7 @@ from fastspec.draft.base import Draft
 from fastspec.model.cache import CacheView
 from fastspec.model.transformer import DecodeTransformer
 from fastspec.model.vision import Prompt, text_stack
-from fastspec.ops.propose import propose
+from fastspec.ops import Proposer
 from fastspec.state import DecodeState
 from fastspec.tree import DraftTree
 from fastspec.verification import Rule
@@ -34,10 +34,11 @@ class TextDraft(Draft):
         self.transformer = DecodeTransformer(*text_stack(model))
         self.num_bytes = self.transformer.num_bytes
 
-    def allocate(self, batch_size: int, capacity: int, tree: DraftTree) -> None:
+    def allocate(self, batch_size: int, capacity: int, tree: DraftTree, vocab_size: int, rule: Rule) -> None:
         device = self.transformer.device
         window = tree.max_depth + 1
         self._tree = tree
+        self._proposer = Proposer(tree, batch_size, vocab_size, rule, device)
         self._cache = self.transformer.new_cache(batch_size, capacity + window + len(tree.inner))
         self._length = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._window = torch.arange(window, device=device)
@@ -55,20 +56,18 @@ class TextDraft(Draft):
         """``[T, hidden]`` of what the draft sees of the prompt."""
         return self.transformer.embed(prompt.text_ids)
 
-    def propose(self, state: DecodeState, rule: Rule) -> None:
+    def propose(self, state: DecodeState) -> None:
         hidden = self._read_committed(state)
         for level, nodes in enumerate(self._tree.levels):
             if level > 0:
                 hidden = self._read_level(state, level, nodes)
-            propose(
+            self._proposer(
                 self.transformer.logits(hidden),
                 level,
-                self._tree,
                 state.tree_tokens,
                 state.draft_logits,
                 state.draft_sampling,
                 state.num_tokens,
-                rule,
             )
 
     def _read_committed(self, state: DecodeState) -> torch.Tensor:

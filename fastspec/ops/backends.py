@@ -1,8 +1,17 @@
-"""Which implementations of the hot operations this machine can run."""
+"""Which implementations of the hot operations this machine can run, and which one to take."""
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
+
+import torch
+
+from fastspec import environment
 
 
 class Backend(NamedTuple):
@@ -19,6 +28,95 @@ class Backend(NamedTuple):
     reason: str
 
 
+@lru_cache(maxsize=1)
+def extension():
+    """The compiled module ``fastspec._C``.
+
+    Raises:
+        ImportError: if there is none; the message says why, as far as the installation recorded it.
+    """
+    try:
+        return importlib.import_module("fastspec._C")
+    except ImportError as error:
+        record = Path(__file__).parent.parent / "build.json"
+        reason = f"the compiled module does not load: {error}"
+        if isinstance(error, ModuleNotFoundError) and record.is_file():
+            reason = json.loads(record.read_text()).get("reason", reason)
+        elif isinstance(error, ModuleNotFoundError):
+            reason = "the compiled module was never built; install with pip to build it"
+        raise ImportError(reason) from None
+
+
+@lru_cache(maxsize=1)
+def _triton_version() -> str | None:
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError:
+        return None
+
+
+def _cuda() -> Backend:
+    try:
+        module = extension()
+    except ImportError as error:
+        return Backend("cuda", False, str(error))
+    if not torch.cuda.is_available():
+        return Backend("cuda", False, f"built for {module.architectures}, but torch finds no NVIDIA GPU")
+    capability = "".join(map(str, torch.cuda.get_device_capability()))
+    built = [arch.rstrip("af") for arch in module.architectures.split(";")]
+    if capability not in built:
+        return Backend(
+            "cuda", False, f"built for {module.architectures}, but the GPU is of architecture {capability}"
+        )
+    return Backend(
+        "cuda", True, f"CUDA {module.cuda_version // 1000}.{module.cuda_version % 1000 // 10} kernels"
+    )
+
+
+def _triton() -> Backend:
+    version = _triton_version()
+    if version is None:
+        return Backend("triton", False, "triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Backend("triton", True, f"triton {version}, interpreted on the CPU (slow)")
+    if not torch.cuda.is_available():
+        return Backend("triton", False, f"triton {version}, but torch finds no NVIDIA GPU")
+    return Backend("triton", True, f"triton {version}")
+
+
 def backends() -> list[Backend]:
     """All implementations, the most preferred first."""
-    return [Backend("reference", True, "PyTorch, any device")]
+    return [_cuda(), _triton(), Backend("reference", True, "PyTorch, any device")]
+
+
+def choose(requested: str, device: torch.device, supported: bool) -> str:
+    """The implementation of an operation to use.
+
+    Args:
+        requested: a name, or ``"auto"`` for ``FASTSPEC_BACKEND`` and then the best available.
+        device: where the tensors are.
+        supported: whether the kernels know this case; if not, the reference is taken unless a kernel was
+            asked for by argument.
+
+    Raises:
+        ValueError: if what was asked for cannot run; the message says why.
+    """
+    if requested not in environment.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(environment.BACKENDS)}, got {requested!r}")
+    if requested != "auto" and not supported and requested != "reference":
+        raise ValueError(f"backend {requested!r} does not know this case; use 'reference'")
+    name = environment.backend() if requested == "auto" else requested
+    if name == "reference" or not supported:
+        return "reference"
+    on_gpu = device.type == "cuda"
+    if name == "auto":
+        if not on_gpu:
+            return "reference"
+        return next(backend.name for backend in backends() if backend.available)
+    chosen = {"cuda": _cuda, "triton": _triton}[name]()
+    if not chosen.available:
+        raise ValueError(f"backend {name!r} cannot run here: {chosen.reason}")
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not on_gpu and not interpreted:
+        raise ValueError(f"backend {name!r} needs tensors on a GPU, got {device}")
+    return name

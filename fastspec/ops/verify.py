@@ -6,10 +6,23 @@ from typing import NamedTuple
 
 import torch
 
+from fastspec.ops.backends import choose, extension
+from fastspec.ops.checks import FLOATING, check_rows, check_tensor
 from fastspec.philox import Stream, accept_uniforms, exponentials, race
 from fastspec.sampling import SamplingTensors, valid_rows
 from fastspec.tree import DraftTree
 from fastspec.verification import Rule, matching, recursive_rejection, traversal, walk_down, walk_up
+
+MAX_VOCAB_SIZE = 262_144
+#: Numbers of the rules and element types in csrc/params.h.
+RULE_NUMBERS = {
+    Rule.TOKEN_LEVEL: 0,
+    Rule.BLOCK: 1,
+    Rule.RECURSIVE_REJECTION: 2,
+    Rule.TARGET_ONLY: 3,
+    Rule.DRAFTER_INVARIANT: 4,
+}
+LOGIT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Verdict(NamedTuple):
@@ -28,6 +41,178 @@ class Verdict(NamedTuple):
     invalid: torch.Tensor
 
 
+def kernel_rule(rule: Rule, tree: DraftTree) -> Rule | None:
+    """The rule by which the kernels would verify, or None if only the reference knows it."""
+    if rule is Rule.TRAVERSAL:
+        return Rule.BLOCK if tree.is_chain else None
+    return rule
+
+
+class Verifier:
+    """Verification for one tree, batch size and vocabulary, on preallocated buffers.
+
+    Calling it launches one kernel (or runs the reference): no allocation and no synchronisation, so a CUDA graph
+    can capture it. The returned tensors are the same at every call.
+
+    Args:
+        tree: the draft tree.
+        batch_size: B, 1 to 64 for the kernels.
+        vocab_size: V, up to 262144 for the kernels.
+        rule: the acceptance rule.
+        device: where the logits are.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+
+    Raises:
+        ValueError: for a backend that cannot run here or does not know the case.
+    """
+
+    def __init__(
+        self,
+        tree: DraftTree,
+        batch_size: int,
+        vocab_size: int,
+        rule: Rule,
+        device: torch.device | str,
+        backend: str = "auto",
+    ):
+        rule.check(tree)
+        self.tree, self.rule = tree, rule
+        self.batch_size, self.vocab_size = batch_size, vocab_size
+        self.device = torch.device(device)
+        self._kernel_rule = kernel_rule(rule, tree)
+        supported = self._kernel_rule is not None and vocab_size <= MAX_VOCAB_SIZE
+        self.backend = choose(backend, self.device, supported)
+        if self.backend == "reference":
+            return
+        rows = tree.num_nodes + len(tree.inner)
+
+        def empty(*shape, dtype=torch.int64):
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        self._verdict = Verdict(
+            empty(batch_size, tree.max_depth + 1),
+            empty(batch_size),
+            empty(batch_size),
+            empty(batch_size, dtype=torch.bool),
+        )
+        self._arrivals = empty(batch_size, dtype=torch.int32)
+        if self.backend == "triton":
+            self._stats = empty(batch_size, rows, 8, dtype=torch.float64)
+            return
+        module = extension()
+        self._stats = empty(batch_size, rows, 32, dtype=torch.uint8)
+        self._tiles = empty(batch_size, rows, -(-vocab_size // 512), 16, dtype=torch.uint8)
+        self._cluster_size = group_size(batch_size, module.max_verify_group())
+        self._helper_clusters = self._count_helpers(rows)
+        self._last_stage = 3  # all of them; the benchmark leaves some out to measure the rest
+
+    def __call__(
+        self,
+        target_logits: torch.Tensor,
+        tokens: torch.Tensor,
+        sampling: SamplingTensors,
+        positions: torch.Tensor,
+        draft_logits: torch.Tensor | None = None,
+    ) -> Verdict:
+        """See :func:`verify`."""
+        self._check(target_logits, tokens, positions, draft_logits)
+        if not self.rule.needs_draft_law or self.tree.num_nodes == 1:
+            draft_logits = None
+        if self.backend == "reference":
+            return reference(target_logits, tokens, self.tree, sampling, positions, self.rule, draft_logits)
+        if self.backend == "triton":
+            self._launch_triton(target_logits, tokens, sampling, positions, draft_logits)
+        else:
+            self._launch_cuda(target_logits, tokens, sampling, positions, draft_logits)
+        return self._verdict
+
+    def _check(self, target_logits, tokens, positions, draft_logits) -> None:
+        tree = self.tree
+        sizes = {"B": self.batch_size, "N": tree.num_nodes, "V": self.vocab_size, "N_inner": len(tree.inner)}
+        exact = (torch.float64,) if self.backend == "reference" else ()
+        check_tensor("target_logits", target_logits, "B N V", sizes, (*FLOATING, *exact), self.device)
+        check_tensor("tokens", tokens, "B N", sizes, (torch.int64,), self.device)
+        check_tensor("positions", positions, "B", sizes, (torch.int64,), self.device)
+        check_rows("target_logits", target_logits)
+        if self.rule.needs_draft_law and tree.num_nodes > 1:
+            if draft_logits is None:
+                raise ValueError(f"rule {self.rule.value!r} needs draft_logits, got None")
+            check_tensor(
+                "draft_logits", draft_logits, "B N_inner V", sizes, (torch.float32, *exact), self.device
+            )
+            if not draft_logits.is_contiguous():
+                raise ValueError(f"draft_logits must be contiguous, got strides {draft_logits.stride()}")
+        if tokens.shape[1] > 1 and tokens.stride(1) != 1:
+            raise ValueError(f"tokens must have contiguous rows, got strides {tokens.stride()}")
+
+    def _count_helpers(self, rows: int) -> int:
+        """Groups that gather statistics for the walkers, where one round of a group's warps does not suffice."""
+        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        warps = 16 * self._cluster_size
+        rounds = rows * -(-self.vocab_size // 512) / warps
+        spare = processors // self._cluster_size - self.batch_size
+        return max(0, spare) if rounds > 5 else 0
+
+    def _launch_cuda(self, target_logits, tokens, sampling, positions, draft_logits) -> None:
+        tree, verdict = self.tree, self._verdict
+        module = extension()
+        module.verify(
+            target_logits.data_ptr(),
+            LOGIT_TYPES[target_logits.dtype],
+            target_logits.stride(1),
+            0 if draft_logits is None else draft_logits.data_ptr(),
+            tokens.data_ptr(),
+            tokens.stride(0),
+            tree.on(self.device).table.data_ptr(),
+            positions.data_ptr(),
+            sampling_pointers(module, sampling),
+            self._stats.data_ptr(),
+            self._tiles.data_ptr(),
+            self._arrivals.data_ptr(),
+            *(tensor.data_ptr() for tensor in verdict),
+            self.batch_size,
+            tree.num_nodes,
+            len(tree.inner),
+            tree.max_depth,
+            self.vocab_size,
+            RULE_NUMBERS[self._kernel_rule],
+            self._cluster_size,
+            self._helper_clusters,
+            self._last_stage,
+            torch.cuda.current_stream(self.device).cuda_stream,
+        )
+
+    def _launch_triton(self, target_logits, tokens, sampling, positions, draft_logits) -> None:
+        from fastspec.kernels.verify import BLOCK_SIZE, NODE_SIZES, NUM_WARPS, verify_kernel
+
+        tree = self.tree
+        needs_draft = draft_logits is not None
+        rows = tree.num_nodes + (len(tree.inner) if needs_draft else 0)
+        verify_kernel[(self.batch_size * rows,)](
+            target_logits,
+            draft_logits if needs_draft else target_logits,
+            tokens,
+            tree.on(self.device).table,
+            positions,
+            *sampling_arguments(sampling),
+            self._stats,
+            self._arrivals,
+            *self._verdict,
+            target_logits.stride(1),
+            tokens.stride(0),
+            rows,
+            self.vocab_size,
+            tree.num_nodes,
+            len(tree.inner),
+            tree.max_depth,
+            RULE=RULE_NUMBERS[self._kernel_rule],
+            NEEDS_DRAFT=needs_draft,
+            NODES=next(size for size in NODE_SIZES if size >= tree.num_nodes),
+            BLOCK=BLOCK_SIZE,
+            num_warps=NUM_WARPS,
+        )
+
+
 def verify(
     target_logits: torch.Tensor,
     tokens: torch.Tensor,
@@ -36,21 +221,45 @@ def verify(
     positions: torch.Tensor,
     rule: Rule,
     draft_logits: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> Verdict:
     """Accepts a path of the draft tree so that the emitted tokens have exactly the target's law.
 
     Args:
-        target_logits: ``[B, N, V]`` raw logits of the tree's nodes, any floating dtype.
-        tokens: ``[B, N]`` int64, the drafted tokens, -1 where there is none; the root's is not read.
+        target_logits: ``[B, N, V]`` raw logits of the tree's nodes, float32, bfloat16 or float16.
+        tokens: ``[B, N]`` int64, the root and the drafted tokens, -1 where there is none.
         tree: the draft tree.
         sampling: parameters and seeds of the B sequences.
         positions: ``[B]`` int64, the position of the root's successor.
         rule: the acceptance rule.
-        draft_logits: ``[B, N_inner, V]`` with softmax q, as :func:`fastspec.ops.propose.propose` writes them.
+        draft_logits: ``[B, N_inner, V]`` float32 with softmax q, as :func:`fastspec.ops.propose` writes them;
+            None where the rule does not weigh q.
+        backend: which implementation; see :func:`fastspec.ops.backends.choose`.
 
     Returns:
-        A :class:`Verdict`. Rows of the logits off the path never matter.
+        A :class:`Verdict`. Rows of the logits off the path never matter; a draft row that defines no law
+        counts as having proposed nothing.
+
+    Raises:
+        TypeError, ValueError: for tensors that do not fit together.
+
+    A :class:`Verifier` does the same without making buffers at every call.
     """
+    batch_size, _, vocab_size = target_logits.shape
+    verifier = Verifier(tree, batch_size, vocab_size, rule, target_logits.device, backend)
+    return verifier(target_logits, tokens, sampling, positions, draft_logits)
+
+
+def reference(
+    target_logits: torch.Tensor,
+    tokens: torch.Tensor,
+    tree: DraftTree,
+    sampling: SamplingTensors,
+    positions: torch.Tensor,
+    rule: Rule,
+    draft_logits: torch.Tensor | None,
+) -> Verdict:
+    """The law in PyTorch: CPU path, test oracle, and every rule over every tree."""
     tables = tree.on(target_logits.device)
     node_ids = torch.arange(tree.num_nodes, device=target_logits.device)
     scores = sampling.penalise(target_logits, tree, node_ids, tokens, positions)
@@ -59,8 +268,13 @@ def verify(
     p = torch.where(valid[..., None], sampling.warp(scores).softmax(-1), 0.0)
     vocab_size = p.shape[-1]
 
-    if rule.needs_draft_law and tree.num_nodes > 1:
-        q = draft_logits.double().softmax(-1)
+    if draft_logits is not None:
+        # A draft row that is no law proposed nothing; at temperature 0 its tokens count all the same.
+        law_known = valid_rows(draft_logits)
+        q = torch.where(law_known[..., None], draft_logits.double().softmax(-1), 0.0)
+        usable = torch.ones_like(tokens, dtype=torch.bool)
+        usable[:, 1:] = (law_known | (sampling.temperature == 0)[:, None])[:, tables.inner_rows[1:]]
+        tokens = torch.where(usable, tokens, -1)
         if rule.bottom_up:
             h, emission = traversal(tree, tokens, p, q, valid)
         else:
@@ -90,3 +304,31 @@ def verify(
         next_token=torch.where(invalid, -1, next_token),
         invalid=invalid,
     )
+
+
+def sampling_arguments(sampling: SamplingTensors) -> tuple[torch.Tensor, ...]:
+    """The tensors that the kernels take, in the order of csrc/params.h."""
+    return (
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.repetition_penalty,
+        sampling.min_tokens,
+        sampling.seed,
+        sampling.eos_token_ids,
+        sampling.seen.view(torch.uint8),
+    )
+
+
+def sampling_pointers(module, sampling: SamplingTensors):
+    """The same as a parameter struct of the extension."""
+    return module.SamplingParams(*(tensor.data_ptr() for tensor in sampling_arguments(sampling)))
+
+
+def group_size(groups: int, largest: int) -> int:
+    """Blocks per group so that all groups run at once on a card of some 128 multiprocessors."""
+    size = largest
+    while size > 1 and groups * size > 128:
+        size //= 2
+    return size

@@ -1,0 +1,1 @@
+"""Benchmarks, one file per question: ``python -m bench verify``. Results go to bench/results/<gpu>/<question>.json."""

@@ -1,0 +1,209 @@
+"""How long does verification take in a captured cycle, beside PyTorch, torch.compile and FlashInfer?"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.ceilings import empty_kernel
+from bench.timing import Timing, interleaved, time_eager
+from fastspec import DraftTree
+from fastspec.ops import Proposer, Verifier
+from fastspec.sampling import SamplingParams, SamplingTensors
+from fastspec.verification import Rule
+
+UNIT = "us"
+TREES = {
+    "chain5": DraftTree.chain(5),
+    "chain7": DraftTree.chain(7),
+    "tree16": DraftTree.kary((3, 2, 1)),
+    "tree64": DraftTree.kary((3, 4, 4)),
+}
+VOCABULARIES = (32064, 128256)
+PARAMS = {
+    "greedy": SamplingParams(temperature=0.0),
+    "temperature": SamplingParams(temperature=1.0),
+    "topk_topp": SamplingParams(temperature=0.8, top_k=50, top_p=0.9),
+}
+#: Inputs differ from launch to launch: seeds advance, and so do acceptances and residuals.
+ROTATION = 8
+STAGES = ("launch", "statistics", "collected", "output")
+
+
+@dataclass
+class Inputs:
+    """What one verification reads, drawn by the draft itself."""
+
+    tree: DraftTree
+    rule: Rule
+    logits: torch.Tensor
+    draft_logits: torch.Tensor
+    tokens: torch.Tensor
+    sampling: SamplingTensors
+    positions: torch.Tensor
+
+
+def make_inputs(
+    tree: DraftTree, vocab_size: int, params: SamplingParams, seed: int, batch: int = 1
+) -> Inputs:
+    """Logits with the spread of a language model's, and a draft that agrees often but not always."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    logits = normal(batch, tree.num_nodes, vocab_size) * 2.5
+    likely = torch.randint(vocab_size, (batch, tree.num_nodes, 8), generator=generator, device="cuda")
+    boost = 9 + 3 * normal(batch, tree.num_nodes, 8)
+    logits.scatter_add_(-1, likely, boost)
+    raw = logits[:, list(tree.inner)] + 0.5 * normal(batch, len(tree.inner), vocab_size)
+    rule = Rule.BLOCK if tree.is_chain else Rule.RECURSIVE_REJECTION
+    sampling = SamplingTensors(batch, vocab_size, "cuda")
+    for row in range(batch):
+        sampling.set(row, params, seed * 1000 + row)
+    positions = torch.full((batch,), 640, device="cuda")
+    tokens = torch.zeros(batch, tree.num_nodes, dtype=torch.int64, device="cuda")
+    draft_logits = torch.zeros(batch, len(tree.inner), vocab_size, device="cuda")
+    proposer = Proposer(tree, batch, vocab_size, rule, "cuda")
+    for level, nodes in enumerate(tree.levels):
+        rows = [tree.inner_index[node] for node in nodes]
+        proposer(raw[:, rows].contiguous(), level, tokens, draft_logits, sampling, positions)
+    return Inputs(tree, rule, logits, draft_logits, tokens, sampling, positions)
+
+
+def torch_chain(logits, draft_logits, tokens, temperature):
+    """Token-level verification of a chain as it is usually written in PyTorch."""
+    p = torch.softmax(logits[0] / temperature, -1)
+    q = torch.softmax(draft_logits[0], -1)
+    drafted = tokens[0, 1:]
+    p_x = p[:-1].gather(1, drafted[:, None])[:, 0]
+    q_x = q.gather(1, drafted[:, None])[:, 0]
+    accepted = (torch.rand_like(p_x) * q_x < p_x).long().cumprod(0).sum()
+    residual = torch.cat([(p[:-1] - q).clamp(min=0), p[-1:]])[accepted]
+    noise = torch.empty_like(residual).exponential_()
+    return accepted, (residual / noise).argmax()
+
+
+def rotating(inputs: list[Inputs], backend: str, stage: int = 3) -> Callable[[], object]:
+    """A call that verifies the next of several inputs; nothing is made between launches."""
+    one = inputs[0]
+    verifiers = []
+    for each in inputs:
+        verifier = Verifier(one.tree, each.logits.shape[0], each.logits.shape[2], one.rule, "cuda", backend)
+        verifier._last_stage = stage
+        verifiers.append(verifier)
+    state = {"next": 0}
+
+    def call():
+        index = state["next"] % len(inputs)
+        state["next"] += 1
+        each = inputs[index]
+        verifiers[index](each.logits, each.tokens, each.sampling, each.positions, each.draft_logits)
+
+    return call
+
+
+def flashinfer_chain(each: Inputs) -> Callable[[], object] | None:
+    """FlashInfer's chain sampling with the softmaxes it needs, where it is installed."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return None
+    from flashinfer.sampling import chain_speculative_sampling
+
+    drafted = each.tokens[:, 1:].int()
+    return lambda: chain_speculative_sampling(
+        torch.softmax(each.draft_logits, -1), drafted, torch.softmax(each.logits, -1)
+    )
+
+
+def measure(read_bandwidth: float, quick: bool) -> list[dict]:
+    """Rows ``verify/<tree>/V<vocabulary>/<sampling>/<backend>`` and the parts of the fused launch."""
+    launch = empty_kernel()
+    rows = [_row("ceiling/empty_kernel", Timing(launch, launch, launch))]
+    samples = 20 if quick else 60
+    for vocab_size in VOCABULARIES:
+        for tree_name, tree in TREES.items():
+            for params_name, params in PARAMS.items():
+                inputs = [make_inputs(tree, vocab_size, params, seed) for seed in range(ROTATION)]
+                calls = {backend: rotating(inputs, backend) for backend in ("cuda", "triton")}
+                if tree.is_chain and params_name == "temperature":
+                    calls |= _chain_baselines(inputs[0])
+                name = f"verify/{tree_name}/V{vocab_size}/{params_name}"
+                timings = interleaved(calls, repeats=ROTATION * 4, samples=samples)
+                if "torch_graph" in calls:
+                    timings["torch_eager"] = time_eager(calls["torch_graph"])
+                read = tree.num_nodes * vocab_size * 4
+                read += 0 if params_name == "greedy" else len(tree.inner) * vocab_size * 4
+                floor = launch + read / read_bandwidth * 1e6
+                for backend in ("cuda", "triton"):
+                    others = {
+                        other: timing for other, timing in timings.items() if other not in ("cuda", "triton")
+                    }
+                    rows.append(_row(f"{name}/{backend}", timings[backend], floor, others))
+                rows += [
+                    _row(f"baseline/{tree_name}/V{vocab_size}/{other}", timing)
+                    for other, timing in others.items()
+                ]
+                if tree_name in ("chain5", "tree64") and vocab_size == VOCABULARIES[0]:
+                    rows += _parts(name, inputs, samples)
+    return rows
+
+
+def _chain_baselines(each: Inputs) -> dict[str, Callable[[], object]]:
+    arguments = (each.logits, each.draft_logits, each.tokens, 1.0)
+    compiled = torch.compile(torch_chain, dynamic=False)
+    compiled(*arguments)
+    calls = {
+        "torch_graph": lambda: torch_chain(*arguments),
+        "torch_compile_graph": lambda: compiled(*arguments),
+    }
+    flashinfer = flashinfer_chain(each)
+    return calls if flashinfer is None else {**calls, "flashinfer_graph": flashinfer}
+
+
+def _parts(name: str, inputs: list[Inputs], samples: int) -> list[dict]:
+    """Differences between launches that stop after each stage."""
+    calls = {stage: rotating(inputs, "cuda", number) for number, stage in enumerate(STAGES)}
+    timings = interleaved(calls, repeats=ROTATION * 4, samples=samples)
+    return [_row(f"parts/{name.removeprefix('verify/')}/until_{stage}", timings[stage]) for stage in STAGES]
+
+
+def _row(
+    name: str, timing: Timing, floor: float | None = None, others: dict[str, Timing] | None = None
+) -> dict:
+    row = {
+        "name": name,
+        "us": round(timing.median, 3),
+        "p10": round(timing.p10, 3),
+        "p90": round(timing.p90, 3),
+    }
+    if floor is not None:
+        row["share_of_floor"] = round(floor / timing.median, 3)
+    if others:
+        row["ratio"] = {other: round(their.median / timing.median, 2) for other, their in others.items()}
+    return row
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Bars per tree and kind of sampling, in microseconds."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    chosen = [row for row in rows if row["name"].startswith("verify/") and row["name"].endswith("/cuda")]
+    figure, axes = pyplot.subplots(figsize=(9, 0.3 * len(chosen) + 1.2))
+    labels = [row["name"].removeprefix("verify/").removesuffix("/cuda") for row in chosen]
+    axes.barh(labels, [row["us"] for row in chosen], color="#3b6ea8")
+    axes.invert_yaxis()
+    axes.bar_label(axes.containers[0], fmt="%.1f", padding=2)
+    axes.set_xlabel("microseconds in a CUDA graph")
+    axes.set_title("One launch: logits of all tree nodes to accepted path and next token")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,1 @@
+"""Triton kernels, the same stems as in fastspec.ops; installed as fastspec.kernels."""

@@ -1,0 +1,295 @@
+"""Kernels against the reference: the same random numbers, the same integers; and what only a GPU can show."""
+
+import dataclasses
+
+import pytest
+import torch
+from kernel_cases import LARGE_VOCABULARIES, VOCABULARIES, random_case
+
+from fastspec import DraftTree
+from fastspec.ops import Verifier, verify
+from fastspec.ops.backends import backends, choose
+from fastspec.sampling import SamplingParams, SamplingTensors
+from fastspec.verification import Rule
+
+INTERPRETED = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton is compiled, not interpreted, here"
+)
+KERNELS = ("cuda", "triton")
+
+
+def run(case, backend):
+    return verify(
+        case.target_logits,
+        case.tokens,
+        case.tree,
+        case.sampling,
+        case.positions,
+        case.rule,
+        case.draft_logits,
+        backend=backend,
+    )
+
+
+def assert_same(expected, got, description):
+    for name, theirs, ours in zip(expected._fields, expected, got, strict=True):
+        assert torch.equal(theirs, ours), f"{description}: {name} {theirs.tolist()} != {ours.tolist()}"
+
+
+def compare(seeds, backend, device, **options):
+    for seed in seeds:
+        case = random_case(seed, device, **options)
+        if case.rule is Rule.TRAVERSAL and not case.tree.is_chain:
+            continue
+        assert_same(run(case, "reference"), run(case, backend), case.description)
+
+
+@INTERPRETED
+def test_triton_equals_the_reference_when_interpreted(exhaustive):
+    sizes = (1, 2, 31, 32, 33, 129)
+    compare(range(400 if exhaustive else 30), "triton", "cpu", vocabularies=sizes, max_nodes=8, max_batch=2)
+
+
+@INTERPRETED
+def test_triton_tile_boundaries_when_interpreted():
+    compare(range(900, 906), "triton", "cpu", vocabularies=(4095, 4096, 4097), max_nodes=3, max_batch=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("part", range(4))
+def test_kernels_equal_the_reference(backend, part):
+    compare(range(600 * part, 600 * (part + 1)), backend, "cuda", max_nodes=20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("vocab_size", LARGE_VOCABULARIES)
+def test_kernels_equal_the_reference_on_large_vocabularies(backend, vocab_size):
+    compare(range(3000, 3012), backend, "cuda", vocabularies=(vocab_size,), max_nodes=8, max_batch=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+def test_large_batches_and_trees(backend):
+    compare(range(4000, 4010), backend, "cuda", vocabularies=VOCABULARIES[4:], max_nodes=30, max_batch=64)
+    for tree in (
+        DraftTree.kary((4, 3, 2, 1)),
+        DraftTree.chain(127),
+        DraftTree(tuple(sorted(range(-1, 127)))),
+    ):
+        case = random_case(7, "cuda", vocabularies=(2049,))
+        generator = torch.Generator().manual_seed(1)
+        logits = torch.randn(3, tree.num_nodes, 2049, generator=generator).cuda()
+        tokens = logits[:, :, :].argmax(-1)[:, tree.on("cuda").parents]
+        sampling = SamplingTensors(3, 2049, "cuda")
+        for row, params in enumerate(
+            (SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=0.8))
+        ):
+            sampling.set(row, params, row)
+        q = logits[:, list(tree.inner)].contiguous()
+        big = dataclasses.replace(
+            case,
+            tree=tree,
+            rule=Rule.RECURSIVE_REJECTION,
+            target_logits=logits,
+            draft_logits=q,
+            tokens=tokens,
+            sampling=sampling,
+            positions=torch.tensor([5, 6, 7], device="cuda"),
+            description=str(tree.num_nodes),
+        )
+        assert_same(run(big, "reference"), run(big, backend), big.description)
+
+
+def poisoned_copy(case):
+    """The same case with rows that lie further apart, NaN between them, and absurd tokens beyond the tree."""
+    batch, nodes, vocab_size = case.target_logits.shape
+    wide = torch.full(
+        (batch, nodes, vocab_size + 40),
+        float("nan"),
+        dtype=case.target_logits.dtype,
+        device=case.target_logits.device,
+    )
+    wide[..., :vocab_size] = case.target_logits
+    tokens = torch.full((batch, nodes + 5), 2**40, device=case.tokens.device)
+    tokens[:, :nodes] = case.tokens
+    return dataclasses.replace(case, target_logits=wide[..., :vocab_size], tokens=tokens[:, :nodes])
+
+
+@INTERPRETED
+def test_triton_reads_nothing_beyond_the_valid_sizes_when_interpreted():
+    for seed in range(100, 106):
+        case = random_case(seed, vocabularies=(31, 33), max_nodes=6, max_batch=2)
+        assert_same(run(case, "triton"), run(poisoned_copy(case), "triton"), case.description)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_read_nothing_beyond_the_valid_sizes(backend):
+    for seed in range(100, 160):
+        case = random_case(seed, "cuda")
+        if case.rule is not Rule.TRAVERSAL:
+            assert_same(run(case, backend), run(poisoned_copy(case), backend), case.description)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_broken_sequence_leaves_the_others_alone(backend):
+    case = random_case(12, "cuda", vocabularies=(2049,), max_batch=3)
+    tree, vocab_size = DraftTree.kary((2, 2)), 2049
+    logits = torch.randn(3, tree.num_nodes, vocab_size, device="cuda")
+    sampling = SamplingTensors(3, vocab_size, "cuda")
+    tokens = torch.randint(vocab_size, (3, tree.num_nodes), device="cuda")
+    q = torch.randn(3, len(tree.inner), vocab_size, device="cuda")
+    verifier = Verifier(tree, 3, vocab_size, Rule.RECURSIVE_REJECTION, "cuda", backend)
+    clean = [one.clone() for one in verifier(logits, tokens, sampling, case.positions[:1].repeat(3), q)]
+    for value in (float("nan"), float("inf"), float("-inf")):
+        broken = logits.clone()
+        broken[1] = value
+        got = verifier(broken, tokens, sampling, case.positions[:1].repeat(3), q)
+        assert got.invalid.tolist() == [False, True, False]
+        assert got.next_token[1] == -1
+        for theirs, ours in zip(clean, got, strict=True):
+            assert torch.equal(theirs[[0, 2]], ours[[0, 2]])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_thousand_runs_agree(backend):
+    for params in (SamplingParams(), SamplingParams(temperature=0.8, top_k=50, top_p=0.9)):
+        tree, vocab_size = DraftTree.chain(5), 32064
+        generator = torch.Generator().manual_seed(5)
+        logits = (torch.randn(2, 6, vocab_size, generator=generator) * 2).cuda()
+        q = (logits[:, :5] + 0.5 * torch.randn(2, 5, vocab_size, generator=generator).cuda()).contiguous()
+        tokens = torch.cat([torch.zeros(2, 1, dtype=torch.int64).cuda(), q.argmax(-1)], dim=1)
+        sampling = SamplingTensors(2, vocab_size, "cuda")
+        for row in range(2):
+            sampling.set(row, params, 77 + row)
+        verifier = Verifier(tree, 2, vocab_size, Rule.BLOCK, "cuda", backend)
+        positions = torch.tensor([640, 11], device="cuda")
+        first = [one.clone() for one in verifier(logits, tokens, sampling, positions, q)]
+        for _ in range(1000):
+            again = verifier(logits, tokens, sampling, positions, q)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_results_do_not_depend_on_the_launch_shape(monkeypatch):
+    """Any group size, with helpers or without, alone or in a batch: the same bits."""
+    tree, vocab_size = DraftTree.kary((3, 2, 1)), 32064
+    generator = torch.Generator().manual_seed(8)
+    logits = (torch.randn(4, tree.num_nodes, vocab_size, generator=generator) * 2).cuda()
+    q = (
+        logits[:, list(tree.inner)] + torch.randn(4, len(tree.inner), vocab_size, generator=generator).cuda()
+    ).contiguous()
+    tokens = torch.randint(vocab_size, (4, tree.num_nodes), generator=generator).cuda()
+    for node in range(1, tree.num_nodes):
+        parent = tree.inner_index[tree.parents[node]]
+        rank = tree.children[tree.parents[node]].index(node)
+        tokens[:, node] = q[:, parent].topk(3).indices[:, rank]
+    sampling = SamplingTensors(4, vocab_size, "cuda")
+    kinds = (
+        SamplingParams(),
+        SamplingParams(top_p=0.9),
+        SamplingParams(temperature=0),
+        SamplingParams(top_k=9),
+    )
+    for row, params in enumerate(kinds):
+        sampling.set(row, params, row)
+    positions = torch.tensor([9, 8, 7, 6], device="cuda")
+
+    def outcome(cluster_size, helpers):
+        verifier = Verifier(tree, 4, vocab_size, Rule.RECURSIVE_REJECTION, "cuda", "cuda")
+        verifier._cluster_size, verifier._helper_clusters = cluster_size, helpers
+        return [one.tolist() for one in verifier(logits, tokens, sampling, positions, q)]
+
+    expected = outcome(1, 0)
+    for cluster_size in (1, 2, 4, 8, 16):
+        for helpers in (0, 1, 3):
+            assert outcome(cluster_size, helpers) == expected, (cluster_size, helpers)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_captured_graph_follows_its_inputs(backend):
+    """No memset between replays, no host: new logits, seeds and parameters in the same buffers."""
+    case = random_case(21, "cuda", vocabularies=(2049,))
+    tree, vocab_size = DraftTree.chain(4), 2049
+    generator = torch.Generator().manual_seed(3)
+    sampling = SamplingTensors(2, vocab_size, "cuda")
+    logits = torch.zeros(2, 5, vocab_size, device="cuda")
+    q = torch.zeros(2, 4, vocab_size, device="cuda")
+    tokens = torch.zeros(2, 5, dtype=torch.int64, device="cuda")
+    positions = torch.zeros(2, dtype=torch.int64, device="cuda")
+    verifier = Verifier(tree, 2, vocab_size, Rule.BLOCK, "cuda", backend)
+    verifier(logits, tokens, sampling, positions, q)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        verdict = verifier(logits, tokens, sampling, positions, q)
+    for step in range(50):
+        logits.copy_(torch.randn(logits.shape, generator=generator) * 3)
+        q.copy_(logits[:, :4].cpu() + torch.randn(q.shape, generator=generator))
+        tokens.copy_(torch.cat([torch.zeros(2, 1, dtype=torch.int64), q.argmax(-1).cpu()], dim=1))
+        positions.fill_(step)
+        for row in range(2):
+            params = (SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_k=5))[
+                (step + row) % 3
+            ]
+            sampling.set(row, params, step * 10 + row)
+        graph.replay()
+        expected = verify(logits, tokens, tree, sampling, positions, Rule.BLOCK, q, backend="reference")
+        assert_same(expected, verdict, f"replay {step}")
+    assert case is not None
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    tree = DraftTree.chain(2)
+    logits, q = torch.zeros(2, 3, 8), torch.zeros(2, 2, 8)
+    tokens, positions = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    sampling = SamplingTensors(2, 8, "cpu")
+    verifier = Verifier(tree, 2, 8, Rule.BLOCK, "cpu")
+
+    def refused(message, error=ValueError, **changes):
+        arguments = {
+            "target_logits": logits,
+            "tokens": tokens,
+            "positions": positions,
+            "draft_logits": q,
+            **changes,
+        }
+        with pytest.raises(error, match=message):
+            verifier(sampling=sampling, **arguments)
+
+    refused(
+        r"target_logits must be \[B=2, N=3, V=8\] .* on cpu, got \[2, 4, 8\] float32",
+        target_logits=torch.zeros(2, 4, 8),
+    )
+    refused(r"tokens must be \[B=2, N=3\] int64 on cpu, got \[2, 3\] int32", tokens=tokens.int())
+    refused(r"positions must be \[B=2\] int64 on cpu, got \[1\] int64", positions=positions[:1])
+    refused("rule 'block' needs draft_logits, got None", draft_logits=None)
+    refused(r"draft_logits must be \[B=2, N_inner=2, V=8\] float32", draft_logits=q.to(torch.bfloat16))
+    refused("target_logits must have contiguous rows", target_logits=torch.zeros(3, 2, 8).transpose(0, 1))
+    refused("target_logits must be a tensor, got list", TypeError, target_logits=[1])
+
+
+def test_choice_of_backend(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("FASTSPEC_BACKEND", raising=False)
+    assert choose("auto", cpu, True) == "reference"
+    assert choose("reference", cpu, False) == "reference"
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, triton, cuda, got 'rocm'"):
+        choose("rocm", cpu, True)
+    with pytest.raises(ValueError, match="backend 'cuda' does not know this case; use 'reference'"):
+        choose("cuda", cpu, False)
+    names = [backend.name for backend in backends()]
+    assert names == ["cuda", "triton", "reference"]
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="backend 'cuda' cannot run here: "):
+            choose("cuda", cpu, True)
+        monkeypatch.setenv("FASTSPEC_BACKEND", "cuda")
+        with pytest.raises(ValueError, match="backend 'cuda' cannot run here: "):
+            choose("auto", cpu, True)
+    monkeypatch.setenv("FASTSPEC_BACKEND", "reference")
+    assert choose("auto", torch.device("cuda"), True) == "reference"
