@@ -51,7 +51,7 @@ class Proposer:
         rule.check(tree)
         self.tree, self.rule = tree, rule
         self.batch_size, self.vocab_size = batch_size, vocab_size
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its index
         # What counts for the draft is how children are drawn; traversal draws as recursive rejection does.
         self._kernel_rule = kernel_rule(rule, tree) or Rule.RECURSIVE_REJECTION
         self.backend = choose(backend, self.device, vocab_size <= MAX_VOCAB_SIZE)

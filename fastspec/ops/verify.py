@@ -78,7 +78,7 @@ class Verifier:
         rule.check(tree)
         self.tree, self.rule = tree, rule
         self.batch_size, self.vocab_size = batch_size, vocab_size
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its index
         self._kernel_rule = kernel_rule(rule, tree)
         supported = self._kernel_rule is not None and vocab_size <= MAX_VOCAB_SIZE
         self.backend = choose(backend, self.device, supported)
