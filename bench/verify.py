@@ -83,7 +83,7 @@ def torch_chain(logits, draft_logits, tokens, temperature):
     p_x = p[:-1].gather(1, drafted[:, None])[:, 0]
     q_x = q.gather(1, drafted[:, None])[:, 0]
     accepted = (torch.rand_like(p_x) * q_x < p_x).long().cumprod(0).sum()
-    residual = torch.cat([(p[:-1] - q).clamp(min=0), p[-1:]])[accepted]
+    residual = torch.cat([(p[:-1] - q).clamp(min=0), p[-1:]]).index_select(0, accepted.view(1))[0]
     noise = torch.empty_like(residual).exponential_()
     return accepted, (residual / noise).argmax()
 

@@ -23,16 +23,20 @@ constexpr int kPassTile = 4 * kThreads;  // two pairs of neighbouring tokens per
 constexpr int kMaxPassTiles = kMaxVocab / kPassTile;
 constexpr int kMaxRows = 2 * kMaxNodes;
 
-// What a pass finds in a tile: the mass, and the winner of the race for a draw.
+// Masses below this are what rounding leaves of a residual in single precision: the law before it stays.
+constexpr double kRounding = 1e-6;
+
+// What a pass finds in a tile: the mass of w, that of q over the tokens not removed, and the winner of the race.
 struct Partial {
   float sum;
+  float left;
   Best best;
 };
 
 // A block's copy of all it knows about its sequence; the blocks of a walker group hold the same values.
 struct Shared {
   RowScratch scratch;
-  RowStats stats[kMaxRows];  // target rows, then draft rows
+  alignas(16) RowStats stats[kMaxRows];  // target rows, then draft rows
   Partial partials[2][kMaxPassTiles];
   TreeNode tree[kMaxNodes];
   int tokens[kMaxNodes];
@@ -69,8 +73,8 @@ __device__ __forceinline__ Row draft_row(const VerifyParams& params, int sequenc
           {1.0f, false, 0, nullptr, nullptr, nullptr, nullptr}};
 }
 
-// A pass of the group over one row: the mass of w = [a p - c q]+ and, in a race, a draw from it. Tokens removed
-// before keep the c they had.
+// A pass of the group over one row: the mass of w = [a p - c q]+ and either a draw from it or the mass of q that
+// is left. Tokens removed before keep the c they had.
 __device__ __noinline__ Partial pass(const VerifyParams& params, Shared& shared, int node, float a, float c, bool race,
                                      NoiseKey key) {
   const int sequence = shared.sequence;
@@ -94,17 +98,19 @@ __device__ __noinline__ Partial pass(const VerifyParams& params, Shared& shared,
     const int first = tile * kPassTile + 4 * static_cast<int>(threadIdx.x);
     const float4 logits = row.load(first, row.aligned());
     float weights[4] = {logits.x, logits.y, logits.z, logits.w};
+    float left = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       weights[i] = weight_of(row_stats, scale, weights[i]) * p_scale;
       if (subtract && first + i < params.vocab_size) {
-        float taken = c;
+        const float q = exp2_fast((other[first + i] - other_maximum) * kLog2e) * q_scale;
+        float taken = c, kept = q;
 #pragma unroll 1
         for (int j = 0; j < num_removed; ++j) {
-          if (shared.removed_token[j] == first + i) taken = shared.removed_scale[j];
+          if (shared.removed_token[j] == first + i) taken = shared.removed_scale[j], kept = 0;
         }
-        const float q = exp2_fast((other[first + i] - other_maximum) * kLog2e) * q_scale;
         weights[i] = fmaxf(weights[i] - taken * q, 0.0f);
+        left += kept;
       }
     }
     Best best = {-1.0f, params.vocab_size};
@@ -118,23 +124,26 @@ __device__ __noinline__ Partial pass(const VerifyParams& params, Shared& shared,
         }
       }
       best = block_reduce(best, BestOp(), shared.scratch.bests);
+    } else {
+      left = block_reduce(left, SumOp(), shared.scratch.floats);
     }
     const float sum =
         block_reduce((weights[0] + weights[1]) + (weights[2] + weights[3]), SumOp(), shared.scratch.floats);
     if (static_cast<int>(threadIdx.x) < group_size()) {
-      *in_block(&shared.partials[parity][tile], threadIdx.x) = {sum, best};
+      *in_block(&shared.partials[parity][tile], threadIdx.x) = {sum, left, best};
     }
   }
   group_sync();
-  Partial result = {0, {-1.0f, params.vocab_size}};
+  Partial result = {0, 0, {-1.0f, params.vocab_size}};
   for (int tile = threadIdx.x % 32; tile < num_tiles; tile += 32) {
     result.sum += shared.partials[parity][tile].sum;
+    result.left += shared.partials[parity][tile].left;
     result.best = better(result.best, shared.partials[parity][tile].best);
   }
   // The next pass writes the other half; this one is free again when all blocks have met after that.
   if (threadIdx.x == 0) shared.parity = parity ^ 1;
   __syncthreads();
-  return {warp_reduce(result.sum, SumOp()), warp_reduce(result.best, BestOp())};
+  return {warp_reduce(result.sum, SumOp()), warp_reduce(result.left, SumOp()), warp_reduce(result.best, BestOp())};
 }
 
 // Where the path stops and the token after it, -1 if the node has no law.
@@ -151,7 +160,7 @@ __device__ __forceinline__ int draw(const VerifyParams& params, Shared& shared, 
   const NoiseKey key = key_of(params, shared, Stream::kEmit, node);
   for (;;) {
     const Partial found = pass(params, shared, node, a, c, true, key);
-    if (found.best.score > 0 || c == 0) return found.best.token;
+    if (found.sum > kRounding || c == 0) return found.best.token;
     a = 1, c = 0;
   }
 }
@@ -202,7 +211,7 @@ __device__ __forceinline__ Decision block_verification(const VerifyParams& param
     const double denominator = rest.sum + 1 - r;
     const double h = denominator > 0 ? rest.sum / denominator : 1.0;
     if (shared.uniform[node] <= h) {
-      return {node, rest.best.score > 0 ? rest.best.token : draw(params, shared, node, 1.0f, 0.0f)};
+      return {node, rest.sum > kRounding ? rest.best.token : draw(params, shared, node, 1.0f, 0.0f)};
     }
   }
   return {0, draw(params, shared, 0, 1.0f, 1.0f)};
@@ -237,15 +246,13 @@ __device__ __forceinline__ Decision recursive_rejection(const VerifyParams& para
         if (shared.removed_token[j] == token) taken = shared.removed_scale[j], q = 0;
       }
       const double p = fmax(shared.p[child] - taken * shared.q[child], 0.0) / mass;
-      const bool exhausted = left < 1e-6;
-      const double ratio = q > 0 && !exhausted ? p * left / q : (p > 0 ? 1.0 : 0.0);
+      const double ratio = q > 0 && left > 0 ? p * left / q : (p > 0 ? 1.0 : 0.0);
       if (shared.uniform[child] <= fmin(ratio, 1.0)) {
         accepted = child;
         break;
       }
       previous = c;
-      if (!exhausted) c += mass / left;
-      left -= q;
+      if (left > 0) c += mass / left;
       __syncthreads();
       if (threadIdx.x == 0) {
         shared.removed_token[num_removed] = token;
@@ -254,19 +261,21 @@ __device__ __forceinline__ Decision recursive_rejection(const VerifyParams& para
       }
       ++num_removed;
       __syncthreads();
-      if (child == last || c == previous) continue;  // only a later test needs the mass
-      const double rest = pass(params, shared, node, 1.0f, static_cast<float>(c), false, {}).sum;
-      if (rest > 0) {
-        mass = rest;
+      if (child == last || c == previous) continue;  // only a later test needs the masses
+      // What is left of q is summed anew: 1 - q has no digits where a draft was sure of what it drew first.
+      const Partial rest = pass(params, shared, node, 1.0f, static_cast<float>(c), false, {});
+      left = rest.left;
+      if (rest.sum > kRounding) {
+        mass = rest.sum;
       } else {
-        c = previous;  // nothing but rounding is left: the law stays
+        c = previous;
         restore_removed(shared, num_removed, c);
       }
     }
     if (accepted < 0) {
       const NoiseKey key = key_of(params, shared, Stream::kEmit, node);
       Partial found = pass(params, shared, node, 1.0f, static_cast<float>(c), true, key);
-      if (!(found.best.score > 0)) {
+      if (c > 0 && !(found.sum > kRounding)) {
         restore_removed(shared, num_removed, previous);
         found = pass(params, shared, node, 1.0f, static_cast<float>(previous), true, key);
       }

@@ -5,14 +5,14 @@ do not depend on the batch, the launch shape or the order of evaluation.
 
 ============  =====================================================================================
 key           the sequence's 64-bit seed
-counter 0     lane // 2; the lane is a vocabulary id for exponential draws and 0 for an accept test
+counter 0     lane // 4; the lane is a vocabulary id for exponential draws and 0 for an accept test
 counter 1     stream * 65536 + node
 counter 2     position: for every stream but ``COUPLED`` the position of the first token of the cycle
-counter 3     0
+counter 3     0 for the high words, 1 for the low ones
 ============  =====================================================================================
 
-A pair of lanes shares one Philox block: an even lane takes words 0 and 1, an odd one words 2 and 3, as the
-high and low half of 64 bits of which the upper 53 count.
+A draw has 53 bits: word ``lane % 4`` of the high block above 21 bits of the same word of the low block. A kernel
+needs the low block only where the high word is so small that its digits would show.
 
 Why the *cycle's* position and not the token's: block and traversal verification look at draws of later
 depths before they decide where to stop. Were those draws reused for the same position in the next cycle, they
@@ -68,13 +68,16 @@ def philox4x32(counter: tuple, key: tuple) -> tuple[torch.Tensor, ...]:
     return c0, c1, c2, c3
 
 
+def _blocks(seed, position, stream: int, node, quad) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """High and low words of the four lanes of a quad."""
+    key = seed & _MASK, seed >> 32 & _MASK
+    counter = quad, node + (int(stream) << 16), position & _MASK
+    high, low = torch.zeros_like(quad), torch.ones_like(quad)
+    return philox4x32((*counter, high), key), philox4x32((*counter, low), key)
+
+
 def _bits53(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     return high << 21 | low >> 11
-
-
-def _block(seed, position, stream: int, node, pair) -> tuple[torch.Tensor, ...]:
-    counter = (pair, node + (int(stream) << 16), position & _MASK, torch.zeros_like(pair))
-    return philox4x32(counter, (seed & _MASK, seed >> 32 & _MASK))
 
 
 def accept_uniforms(seed: torch.Tensor, position: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
@@ -90,10 +93,9 @@ def accept_uniforms(seed: torch.Tensor, position: torch.Tensor, nodes: torch.Ten
     Returns:
         ``[B, N]`` float64.
     """
-    high, low, _, _ = _block(
-        seed[:, None], position[:, None], Stream.ACCEPT, nodes[None], torch.zeros_like(nodes)[None]
-    )
-    return (_bits53(high, low) + 1).double() * 2.0**-53
+    quad = torch.zeros_like(nodes)[None]
+    high, low = _blocks(seed[:, None], position[:, None], Stream.ACCEPT, nodes[None], quad)
+    return (_bits53(high[0], low[0]) + 1).double() * 2.0**-53
 
 
 def exponentials(
@@ -114,9 +116,9 @@ def exponentials(
     Returns:
         ``[B, R, V]`` float64, positive.
     """
-    pair = torch.arange((vocab_size + 1) // 2, device=seed.device)
-    words = _block(seed[:, None, None], position[..., None], stream, node[..., None], pair)
-    bits = torch.stack([_bits53(words[0], words[1]), _bits53(words[2], words[3])], dim=-1)
+    quad = torch.arange((vocab_size + 3) // 4, device=seed.device)
+    high, low = _blocks(seed[:, None, None], position[..., None], stream, node[..., None], quad)
+    bits = torch.stack([_bits53(*words) for words in zip(high, low, strict=True)], dim=-1)
     t = (bits.flatten(-2)[..., :vocab_size].double() + 0.5) * 2.0**-53
     return -torch.log1p(-t)
 

@@ -166,7 +166,8 @@ class SamplingTensors:
         top_p = self.top_p[:, None, None]
         # Rounding can make the sum of all lighter tokens vanish: top_p = 1 must not depend on it.
         keep = (heavier == 0) | (heavier < top_p * cumulative[..., -1:]) | (top_p >= 1)
-        keep &= (weights > 0) & (weights >= self.min_p[:, None, None])
+        # Single precision, in which the kernels work, knows no weight under 2**-126 of the largest.
+        keep &= (weights >= 2.0**-126) & (weights >= self.min_p[:, None, None])
         kept = torch.zeros_like(keep).scatter(-1, order, keep)
 
         warped = torch.where(kept, log_weights, float("-inf"))

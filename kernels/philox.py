@@ -5,12 +5,12 @@ import triton.language as tl
 
 
 @triton.jit
-def philox_block(pair, source, position, key0, key1):
-    """Philox4x32-10: four 32-bit words for a pair of lanes; all arguments uint32 and broadcastable."""
-    c0 = pair
-    c1 = source + pair * 0
-    c2 = position + pair * 0
-    c3 = pair * 0
+def philox_block(quad, source, position, half, key0, key1):
+    """Philox4x32-10: the high (half 0) or low (half 1) words of a quad of lanes; all arguments uint32."""
+    c0 = quad
+    c1 = source + quad * 0
+    c2 = position + quad * 0
+    c3 = quad * 0 + half
     for _ in tl.static_range(10):
         high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
         high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
@@ -41,18 +41,23 @@ def noise_key(seed, position, stream: tl.constexpr, node):
 def accept_uniforms(seed, position, nodes):
     """Uniforms in (0, 1] with 53 bits for the tests of ``nodes``, float64."""
     key0, key1, source, place = noise_key(seed, position, 1, nodes)
-    high, low, _, _ = philox_block(source * 0, source, place, key0, key1)
+    high, _, _, _ = philox_block(source * 0, source, place, 0, key0, key1)
+    low, _, _, _ = philox_block(source * 0, source, place, 1, key0, key1)
     return (_bits53(high, low) + 1).to(tl.float64) * 1.1102230246251565e-16
 
 
 @triton.jit
-def exponentials(tokens, key0, key1, source, position):
-    """Unit exponentials for ``tokens``, float64: -log1p(-t) with full relative accuracy where t is small."""
-    lane = tokens.to(tl.uint32)
-    w0, w1, w2, w3 = philox_block(lane >> 1, source, position, key0, key1)
-    odd = (lane & 1) == 1
-    bits = _bits53(tl.where(odd, w2, w0), tl.where(odd, w3, w1))
-    t = (bits.to(tl.float64) + 0.5) * 1.1102230246251565e-16
+def exponentials(start, key0, key1, source, position, BLOCK: tl.constexpr):
+    """Unit exponentials for the BLOCK tokens from ``start`` (a multiple of 4) on, float64.
+
+    -log1p(-t) with full relative accuracy where t is small.
+    """
+    quad = (start // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    h0, h1, h2, h3 = philox_block(quad, source, position, 0, key0, key1)
+    l0, l1, l2, l3 = philox_block(quad, source, position, 1, key0, key1)
+    even = tl.interleave(_bits53(h0, l0), _bits53(h2, l2))
+    odd = tl.interleave(_bits53(h1, l1), _bits53(h3, l3))
+    t = (tl.interleave(even, odd).to(tl.float64) + 0.5) * 1.1102230246251565e-16
     series = t * (1.0 + t * (0.5 + t * (0.3333333333333333 + t * 0.25)))
     # The series is exact to float64 below 2**-10; above it 1 - t keeps enough bits.
     direct = -tl.log(tl.where(t < 0.0009765625, 0.5, tl.maximum(1.0 - t, 1.1e-16)))

@@ -100,7 +100,7 @@ def propose_kernel(
                 log_weight = tl.where(weights > 0, (x - maximum) * scale * LN2, float("-inf"))
                 tl.store(log_weights + ids, log_weight, mask=ids < vocab_size)
             if noisy:
-                noise = exponentials(ids, key0, key1, source, place)
+                noise = exponentials(start, key0, key1, source, place, BLOCK)
                 scores = tl.where(weights > 0, weights.to(tl.float64) / noise, float("-inf"))
             else:
                 scores = x.to(tl.float64)

@@ -9,9 +9,11 @@ from fastspec.kernels.rows import LOG2E, MAX_EOS, NODE_FIELDS, load_row, row_sta
 # The values of csrc/params.h.
 TOKEN_LEVEL, BLOCK_RULE, RECURSIVE_REJECTION, TARGET_ONLY, DRAFTER_INVARIANT = map(tl.constexpr, range(5))
 # Of 2,048 to 8,192 tokens and 4 to 16 warps, the smallest pair without spills.
-BLOCK_SIZE, NUM_WARPS = 4096, 8
+BLOCK_SIZE, NUM_WARPS = 2048, 4
 NODE_SIZES = (16, 128)
 STATS_FIELDS = tl.constexpr(8)  # maximum, threshold, min_weight, total, argmax, valid
+# Masses below this are what rounding leaves of a residual: the law before it stays.
+ROUNDING = tl.constexpr(1e-6)
 EMIT, TARGET, COUPLED = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 
 
@@ -51,7 +53,7 @@ def pass_over_row(
     RACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Mass of w = [a p - c q]+ over a row and, in a race, a draw from it: (mass, score, token).
+    """Mass of w = [a p - c q]+ over a row, of q over the tokens not removed, and in a race a draw: (mass, left, token).
 
     Tokens of removed children keep the c they had.
     """
@@ -61,6 +63,7 @@ def pass_over_row(
     p_scale = a / tl.load(stats + 3, cache_modifier=".cg")
     subtract = c > 0.0
     mass = a * 0.0
+    left = a * 0.0
     best_score = a * 0.0 - 1.0
     best_token = vocab_size
     for start in range(0, vocab_size, BLOCK):
@@ -69,23 +72,26 @@ def pass_over_row(
         weights = weight_of(x, maximum, scale, threshold, min_weight).to(tl.float64) * p_scale
         if subtract:
             taken = tl.zeros([BLOCK], tl.float64) + c
+            kept = tl.zeros([BLOCK], tl.float64) + 1.0
             for child in range(first_child, first_child + num_children):
                 gone = pick(removed, child, nodes) != 0
                 same = tokens == pick(node_tokens, child, nodes)
                 taken = tl.where(gone & same, pick(removed_scale, child, nodes), taken)
+                kept = tl.where(gone & same, 0.0, kept)
             draft_maximum = tl.load(draft_stats, cache_modifier=".cg").to(tl.float32)
             draft_total = tl.load(draft_stats + 3, cache_modifier=".cg")
             y = tl.load(draft_row + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
             q = tl.exp2((y - draft_maximum) * LOG2E).to(tl.float64) / draft_total
             weights = tl.maximum(weights - taken * q, 0.0)
+            left += tl.sum(kept * q)
         mass += tl.sum(weights)
         if RACE:
-            scores = tl.where(weights > 0, weights / exponentials(tokens, key0, key1, source, position), -1.0)
+            scores = tl.where(weights > 0, weights / exponentials(start, key0, key1, source, position, BLOCK), -1.0)
             top = tl.max(scores)
             first = tl.min(tl.where(scores == top, tokens, vocab_size))
             best_token = tl.where(top > best_score, first, best_token)
             best_score = tl.maximum(best_score, top)
-    return mass, best_score, best_token
+    return mass, left, best_token
 
 
 # Sizes change from tree to tree; a kernel compiled for each would be a pause at each.
@@ -295,7 +301,7 @@ def verify_kernel(
                     elif pick(uniforms, stop, nodes) <= a:
                         key0, key1, source, place = noise_key(key, position, EMIT, stop)
                         inner = tl.load(table + stop * NODE_FIELDS + 4)
-                        mass, score, drawn = pass_over_row(
+                        mass, _, drawn = pass_over_row(
                             a, c, stop, removed, removed_scale, nodes, node_tokens, stop, stop * 0, key0, key1, source,
                             place, stats + stop * STATS_FIELDS, stats + (num_nodes + inner) * STATS_FIELDS,
                             target_logits + stop.to(tl.int64) * target_stride,
@@ -306,7 +312,7 @@ def verify_kernel(
                         h = tl.where(below > 0, mass / tl.where(below > 0, below, 1.0), 1.0)
                         if pick(uniforms, stop, nodes) <= h:
                             going = going * 0
-                            known = tl.where(score > 0, 1, 0)
+                            known = tl.where(mass > ROUNDING, 1, 0)
                             next_id = drawn
             else:
                 node = row_index * 0
@@ -335,8 +341,7 @@ def verify_kernel(
                             p_here = (
                                 tl.maximum(pick(p, child, nodes) - taken * pick(q, child, nodes), 0.0) / mass
                             )
-                            exhausted = left < 1e-6
-                            weighable = (q_here > 0) & (left >= 1e-6)
+                            weighable = (q_here > 0) & (left > 0)
                             ratio = tl.where(
                                 weighable,
                                 p_here * left / tl.where(weighable, q_here, 1.0),
@@ -346,17 +351,17 @@ def verify_kernel(
                                 accepted = child
                             else:
                                 previous = c
-                                c = tl.where(exhausted, c, c + mass / tl.where(exhausted, 1.0, left))
-                                left -= q_here
+                                c = tl.where(left > 0, c + mass / tl.where(left > 0, left, 1.0), c)
                                 removed = tl.where(nodes == child, 1, removed)
                                 removed_scale = tl.where(
                                     nodes == child, tl.where(is_twin, taken, c), removed_scale
                                 )
                                 if (child < last) & (c > previous):
-                                    # Only a later test needs the mass.
+                                    # Only a later test needs the masses. What is left of q is summed anew: 1 - q
+                                    # has no digits where a draft was sure of what it drew first.
                                     inner = tl.load(table + node * NODE_FIELDS + 4)
                                     depth = tl.load(table + node * NODE_FIELDS + 1)
-                                    rest, _, _ = pass_over_row(
+                                    rest, left, _ = pass_over_row(
                                         a, c, node, removed, removed_scale, nodes, node_tokens, first, count,
                                         child.to(tl.uint32), child.to(tl.uint32), child.to(tl.uint32),
                                         child.to(tl.uint32), stats + node * STATS_FIELDS,
@@ -367,12 +372,12 @@ def verify_kernel(
                                     )  # fmt: skip
                                     # Where nothing but rounding is left, the law stays.
                                     removed_scale = tl.where(
-                                        (nodes == child) & (none + rest <= 0.0),
+                                        (nodes == child) & (none + rest <= ROUNDING),
                                         tl.minimum(removed_scale, previous),
                                         removed_scale,
                                     )
-                                    c = tl.where(rest > 0.0, c, previous)
-                                    mass = tl.where(rest > 0.0, rest, mass)
+                                    c = tl.where(rest > ROUNDING, c, previous)
+                                    mass = tl.where(rest > ROUNDING, rest, mass)
                         child += 1
                     going = tl.where(accepted >= 0, 1, 0)
                     node = tl.where(accepted >= 0, accepted, node)
@@ -385,13 +390,13 @@ def verify_kernel(
                 depth = tl.load(table + stop * NODE_FIELDS + 1)
                 first = tl.load(table + stop * NODE_FIELDS + 2)
                 count = tl.load(table + stop * NODE_FIELDS + 3)
-                _, score, next_id = pass_over_row(
+                rest, _, next_id = pass_over_row(
                     a, c, stop, removed, removed_scale, nodes, node_tokens, first, count, key0, key1, source, place,
                     stats + stop * STATS_FIELDS, stats + (num_nodes + inner) * STATS_FIELDS,
                     target_logits + stop.to(tl.int64) * target_stride, draft_logits + inner.to(tl.int64) * vocab_size,
                     vocab_size, scale, penalty, position + depth < shortest, tokens, table, seen, eos, True, BLOCK,
                 )  # fmt: skip
-                known = tl.where((score > 0) | (attempt > 0), 1, 0)
+                known = tl.where((rest > ROUNDING) | (attempt > 0), 1, 0)
                 a = a * 0.0 + 1.0
                 c = previous
                 removed_scale = tl.minimum(removed_scale, previous)

@@ -146,7 +146,9 @@ def random_case(
     if mishap == "absent":
         tokens[torch.rand(tokens.shape, generator=generator) < 0.2] = -1
         tokens[:, 0] = 0
-    elif mishap == "random tokens":
+    elif (
+        mishap == "random tokens" and relation != "same"
+    ):  # p = q leaves rounding alone, which no test can compare
         tokens = torch.randint(vocab_size, tokens.shape, generator=generator)
     elif mishap == "broken draft row":
         draft_logits[:, integer(generator, 0, len(tree.inner)), integer(generator, 0, vocab_size)] = float(

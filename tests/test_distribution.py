@@ -125,12 +125,12 @@ def test_wider_vocabularies(vocab_size):
 
 def test_one_random_stream_for_everything_is_caught(monkeypatch):
     """Draft, accept test and residual share their bits: a few percent of bias, found by the joint law."""
-    honest = philox._block
+    honest = philox._blocks
 
-    def shared(seed, position, stream, node, pair):
-        return honest(seed, position, 0, torch.zeros_like(node), pair)
+    def shared(seed, position, stream, node, quad):
+        return honest(seed, position, 0, torch.zeros_like(node), quad)
 
-    monkeypatch.setattr(philox, "_block", shared)
+    monkeypatch.setattr(philox, "_blocks", shared)
     target, draft = tables(8, "close")
     with pytest.raises(AssertionError):
         check(target, draft, CHAIN, Rule.TOKEN_LEVEL, SamplingParams(), 1_000_000)
@@ -138,14 +138,14 @@ def test_one_random_stream_for_everything_is_caught(monkeypatch):
 
 def test_noise_reused_by_the_next_cycle_is_caught(monkeypatch):
     """Keyed by the token's own position, bottom-up rules would reuse draws they have already looked at."""
-    honest = philox._block
+    honest = philox._blocks
     depths = torch.tensor(CHAIN.depths)
 
-    def by_token(seed, position, stream, node, pair):
+    def by_token(seed, position, stream, node, quad):
         depth = depths[node] + (0 if stream == philox.Stream.ACCEPT else 1)
-        return honest(seed, position + depth, stream, torch.zeros_like(node), pair)
+        return honest(seed, position + depth, stream, torch.zeros_like(node), quad)
 
-    monkeypatch.setattr(philox, "_block", by_token)
+    monkeypatch.setattr(philox, "_blocks", by_token)
     target, draft = tables(8, "unrelated")
     with pytest.raises(AssertionError):
         check(target, draft, CHAIN, Rule.BLOCK, SamplingParams(), 1_000_000)

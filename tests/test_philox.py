@@ -42,9 +42,9 @@ def test_draws_depend_on_every_part_of_the_key_and_on_nothing_else():
 def test_accept_uniforms_exclude_zero_and_include_one(monkeypatch):
     arguments = torch.tensor([1]), torch.tensor([1]), torch.tensor([0])
     zeros, ones = torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), 0xFFFFFFFF)
-    monkeypatch.setattr(philox, "_block", lambda *_: (zeros,) * 4)
+    monkeypatch.setattr(philox, "_blocks", lambda *_: ((zeros,) * 4,) * 2)
     assert accept_uniforms(*arguments).item() == 2.0**-53
-    monkeypatch.setattr(philox, "_block", lambda *_: (ones,) * 4)
+    monkeypatch.setattr(philox, "_blocks", lambda *_: ((ones,) * 4,) * 2)
     assert accept_uniforms(*arguments).item() == 1.0
 
 
@@ -53,7 +53,7 @@ def test_improbable_tokens_can_be_drawn(monkeypatch, bits, winner):
     """A token of weight 1e-12 wins when its noise says so; 24-bit noise could never let it."""
     high, low = torch.tensor([[[bits >> 32]]]), torch.tensor([[[bits & 0xFFFFFFFF]]])
     half = torch.tensor([[[1 << 31]]])
-    monkeypatch.setattr(philox, "_block", lambda *_: (half, half, high, low))
+    monkeypatch.setattr(philox, "_blocks", lambda *_: ((half, high, half, half), (half, low, half, half)))
     noise = exponentials(torch.tensor([1]), torch.tensor([[1]]), Stream.DRAFT, torch.tensor([0]), 2)
     weights = torch.tensor([1.0, 1e-12], dtype=torch.float64)
     assert race(weights, noise[0, 0]).argmax() == winner
