@@ -17,6 +17,12 @@ def pytest_addoption(parser):
     parser.addoption("--exhaustive", action="store_true", help="run everything at full size")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Workers of ``-n auto``: each loads torch, so more than a few cost more than they bring."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
