@@ -18,10 +18,10 @@ app = typer.Typer(
 )
 
 Device = Annotated[str | None, typer.Option(help="torch device; a GPU if there is one")]
-Gamma = Annotated[int, typer.Option(help="drafted tokens per cycle")]
-MaxNewTokens = Annotated[int, typer.Option(help="most tokens to generate")]
+Gamma = Annotated[int, typer.Option(min=1, help="drafted tokens per cycle")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="most tokens to generate")]
 Seed = Annotated[int, typer.Option(help="seed of the random numbers")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy decoding")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding")]
 
 
 @app.command()
@@ -63,9 +63,9 @@ def generate(
     rule: Annotated[str | None, typer.Option(help="acceptance rule; the default fits the draft")] = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
-    top_k: Annotated[int, typer.Option(help="0 keeps all")] = 0,
-    top_p: Annotated[float, typer.Option(help="1 keeps all")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="0 keeps all")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 keeps all")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 keeps all")] = 1.0,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="0 keeps all")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 is none")] = 1.0,
     seed: Seed = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
@@ -97,6 +97,10 @@ def generate(
     result = answer(question, stream=not as_json)
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
+        return
+    efficiency = result["speculation"]["block_efficiency"]
+    passes = f", {efficiency:.2f} per target pass" if efficiency else ""
+    typer.echo(f"{len(result['tokens'])} tokens in {result['seconds']:.2f} s{passes}", err=True)
 
 
 @app.command()
@@ -129,16 +133,27 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = F
 
 
 def _device(device: str | None) -> str:
+    """The device to use; also silences what would come between the lines of an answer."""
     import torch
+    from transformers.utils import logging
 
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    logging.disable_progress_bar()
+    gpu = torch.cuda.is_available()
+    if device is None:
+        return "cuda" if gpu else "cpu"
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:INDEX, got {device!r}")
+    if kind == "cuda" and not gpu:
+        raise ValueError(f"device {device!r} was asked for, but torch finds no NVIDIA GPU")
+    return device
 
 
 def main() -> None:
     """Entry point; bad input ends with its message instead of a traceback."""
     try:
         app()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
 

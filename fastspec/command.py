@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     TextStreamer,
 )
 
@@ -44,12 +46,28 @@ class Question:
     device: str
 
 
+class AnswerStreamer(TextStreamer):
+    """Prints the answer as it comes, without the space that separates it from the prompt."""
+
+    def __init__(self, tokenizer: Any):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._begun = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if not self._begun:
+            text = text.lstrip()
+            self._begun = bool(text)
+        super().on_finalized_text(text, stream_end)
+
+
 def answer(question: Question, stream: bool) -> dict[str, Any]:
-    """Generates and returns text and statistics; with ``stream`` the text is printed as it comes.
+    """Generates and returns text and statistics, ready for JSON; with ``stream`` the text is printed as it comes.
 
     Raises:
         ValueError: for images that cannot be read or checkpoints that cannot be loaded.
     """
+    if question.dtype != "auto" and question.dtype not in DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {question.dtype!r}")
     images = [load_image(path) for path in question.images]
     processor, target = load_target(question)
     draft, draft_tokenizer = load_draft(question)
@@ -75,9 +93,7 @@ def answer(question: Question, stream: bool) -> dict[str, Any]:
         seed=question.seed,
         tokenizer=processor.tokenizer,
         draft_tokenizer=draft_tokenizer,
-        streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        if stream
-        else None,
+        streamer=AnswerStreamer(processor.tokenizer) if stream else None,
         **inputs,
         **sampling,
         repetition_penalty=question.repetition_penalty,
@@ -95,9 +111,9 @@ def answer(question: Question, stream: bool) -> dict[str, Any]:
         "speculation": {
             "gamma": question.gamma,
             "target_passes": record.target_passes,
-            "block_efficiency": record.block_efficiency,
+            "block_efficiency": _finite(record.block_efficiency),
             "acceptance_by_position": record.acceptance_by_position,
-            "mbsu": record.mbsu,
+            "mbsu": _finite(record.mbsu),
         },
     }
 
@@ -107,15 +123,10 @@ def load_target(question: Question):
     if question.target == "miniature":
         from fastspec import miniature
 
-        return miniature.load_processor(), miniature.load_target(device=question.device)
-    dtype = DTYPES.get(question.dtype, question.dtype)
-    if question.dtype != "auto" and question.dtype not in DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {question.dtype!r}")
-    try:
-        processor = AutoProcessor.from_pretrained(question.target)
-        model = AutoModelForImageTextToText.from_pretrained(question.target, dtype=dtype)
-    except OSError as error:
-        raise ValueError(f"cannot load the target {question.target!r}: {error}") from None
+        model = miniature.load_target(miniature_dtype(question), question.device)
+        return miniature.load_processor(), model
+    processor = _load(AutoProcessor, "target", question.target)
+    model = _load(AutoModelForImageTextToText, "target", question.target, dtype=checkpoint_dtype(question))
     return processor, model.to(question.device).eval()
 
 
@@ -126,15 +137,43 @@ def load_draft(question: Question):
     if question.draft == "miniature":
         from fastspec import miniature
 
-        return miniature.load_draft(device=question.device), None
+        return miniature.load_draft(dtype=miniature_dtype(question), device=question.device), None
+    config = _load(AutoConfig, "draft", question.draft)
+    multimodal = config.model_type in MULTIMODAL_MODELS
+    loader = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    model = _load(loader, "draft", question.draft, dtype=checkpoint_dtype(question))
     try:
-        config = AutoConfig.from_pretrained(question.draft)
-        multimodal = config.model_type in MULTIMODAL_MODELS
-        loader = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-        model = loader.from_pretrained(question.draft, dtype=DTYPES.get(question.dtype, question.dtype))
-    except OSError as error:
-        raise ValueError(f"cannot load the draft {question.draft!r}: {error}") from None
-    return model.to(question.device).eval(), None
+        tokenizer = _load(AutoTokenizer, "draft", question.draft)
+    except ValueError:
+        tokenizer = None  # a draft may come without one: then the sizes of the vocabularies are compared
+    return model.to(question.device).eval(), tokenizer
+
+
+def checkpoint_dtype(question: Question) -> torch.dtype | str:
+    """As transformers takes it; ``auto`` is what the checkpoint is stored in."""
+    return DTYPES.get(question.dtype, question.dtype)
+
+
+def miniature_dtype(question: Question) -> torch.dtype:
+    """The miniature is stored in half precision for its size alone, and runs in single unless told otherwise."""
+    return DTYPES.get(question.dtype, torch.float32)
+
+
+def _load(loader: Any, role: str, name: str, **arguments: Any) -> Any:
+    """``from_pretrained``, without ever asking the network: a typing error must not start a download of gigabytes."""
+    try:
+        return loader.from_pretrained(name, local_files_only=True, **arguments)
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir() or isinstance(error, ValueError):
+            raise ValueError(f"cannot load the {role} from {name}: {error}") from None
+        raise ValueError(
+            f"cannot load the {role} {name!r}: no such directory, and not complete in the local hub cache "
+            f"(to fetch it: hf download {name})"
+        ) from None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
 
 
 def chat_text(processor: Any, prompt: str, num_images: int) -> str:
