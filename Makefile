@@ -1,4 +1,4 @@
-# make demo | test | lint | format | bench | sanitize | clean
+# make demo | test | lint | format | bench | sanitize | picture | clean
 # Each target first makes .venv, once: with CUDA where there is an NVIDIA GPU, without any of it elsewhere.
 
 VENV := .venv
@@ -28,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 comma := ,
 EXTRAS := test,lint$(if $(NVCC),$(comma)build)
 
-.PHONY: demo test lint format bench sanitize install clean
+.PHONY: demo test lint format bench sanitize picture install clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastspec demo $(ARGS)
@@ -52,6 +52,10 @@ bench: $(INSTALLED)
 
 sanitize: $(INSTALLED)
 	$(BIN)/python tests/sanitizer.py $(ARGS)
+
+# The README's picture of the demo.
+picture: $(INSTALLED)
+	$(BIN)/python docs/demo_picture.py
 
 install: $(INSTALLED)
 

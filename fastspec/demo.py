@@ -23,6 +23,8 @@ DRAFTED = "bold green"
 QUIET = "dim"
 REPEATS = 3
 SAVED_SIDE = 384
+#: Room at the end of a line for what may follow a token without a space: the rest of its word, brackets.
+WORD_ENDS = 12
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class MarkedStream:
         self._tokens: list[int] = []
         self._shown = 0
         self._open = False
-        self._begun = False
+        self._column = 0
 
     def __call__(self, commitment: Commitment) -> None:
         for place, token in enumerate(commitment.tokens[0]):
@@ -69,18 +71,21 @@ class MarkedStream:
         self._console.print()
 
     def _print(self, piece: str, drafted: bool) -> None:
-        if not self._begun:
-            piece = piece.lstrip()
-            self._begun = bool(piece)
+        word = piece.lstrip()
+        space = piece[: len(piece) - len(word)]
+        if self._column == 0:
+            space = ""
+        elif space and self._column + len(piece) + WORD_ENDS > self._console.width:
+            space, self._column = "\n", 0
         line = Text()
-        space = piece[: len(piece) - len(piece.lstrip())]
         if self._open and not drafted:
             line.append("]", DRAFTED)
         line.append(space)
         if drafted and not self._open:
             line.append("[", DRAFTED)
-        line.append(piece[len(space) :], DRAFTED if drafted else "")
+        line.append(word, DRAFTED if drafted else "")
         self._open = drafted
+        self._column += len(line)
         self._console.print(line, end="", soft_wrap=True)
 
 
@@ -133,7 +138,7 @@ def run_demo(
     drawn = image is None
     origin = "drawn; --image takes one of yours" if drawn else "yours"
     console.print(
-        Text.assemble(("picture   ", QUIET), f"{(save if drawn else image).resolve()} ({origin})"),
+        Text.assemble(("picture   ", QUIET), f"{save if drawn else image} ({origin})"),
         soft_wrap=True,
     )
     console.print(Text.assemble(("question  ", QUIET), question), soft_wrap=True)

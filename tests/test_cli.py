@@ -56,11 +56,11 @@ def test_demo_draws_a_picture_and_tells_drafted_tokens_apart(run, tmp_path):
     status, out, _ = run("demo")
     assert status == 0
     saved = tmp_path / "fastspec-demo.png"
-    assert f"{saved} (drawn" in out
+    assert "fastspec-demo.png (drawn" in out
     assert min(Image.open(saved).size) >= 256
     assert miniature.sample_example("caption", 7).turns[0][0] in out
 
-    answer = out.split("outside\n")[1].strip().split("\n")[0]
+    answer = " ".join(out.split("outside\n")[1].strip().split("\n\n")[0].split("\n"))
     assert re.search(r"\[[^\[\]]+\]", answer)
     assert answer.count("[") == answer.count("]")
     assert "identical: yes" in out
@@ -138,6 +138,14 @@ def test_marked_stream_brackets_runs_of_drafted_tokens(capsys):
         stream(Commitment([tokens], [drafted], [0]))
     stream.close()
     assert capsys.readouterr().out == "a [b c] d [b\u00e9] a [b]\n"
+
+    stream = demo.MarkedStream(Console(width=40), Words())
+    for _ in range(30):
+        stream(Commitment([[0, 1, 2]], [2], [0]))
+    stream.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(lines) == " ".join(["[a b] c"] * 30)
+    assert 20 < max(map(len, lines)) <= 40
 
 
 # generate
