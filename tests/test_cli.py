@@ -222,6 +222,36 @@ def test_json_of_a_single_token_has_no_nan(run):
     assert speculation["mbsu"] is None
 
 
+@needs_weights
+def test_nothing_is_ever_downloaded(run, monkeypatch):
+    from fastspec import command
+
+    asked = []
+
+    def watched(loader):
+        def load(name, **arguments):
+            asked.append(arguments.get("local_files_only"))
+            return loader(name, **arguments)
+
+        return load
+
+    for loader in (
+        "AutoConfig",
+        "AutoProcessor",
+        "AutoTokenizer",
+        "AutoModelForCausalLM",
+        "AutoModelForImageTextToText",
+    ):
+        kind = getattr(command, loader)
+        monkeypatch.setattr(kind, "from_pretrained", watched(kind.from_pretrained))
+    status, _, _ = run(
+        "generate", "--target", TARGET, "--draft", DRAFT, "--prompt", "x", "--max-new-tokens", 2
+    )
+    assert status == 0
+    assert len(asked) >= 5
+    assert all(asked)
+
+
 # info and help
 
 
