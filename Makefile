@@ -18,6 +18,7 @@ NVCC := $(shell command -v nvcc || ls $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc 2>
 ifeq ($(GPU_ARCHS),)
   FASTSPEC_CUDA ?= 0
 else
+  FASTSPEC_CUDA ?= auto
   FASTSPEC_CUDA_ARCHS ?= $(GPU_ARCHS)
   KERNEL_SOURCES := $(wildcard csrc/*)
 endif
