@@ -31,6 +31,14 @@ def header(read_bandwidth: float, commit: str | None = None) -> dict:
     }
 
 
+def clock_megahertz() -> float:
+    """The multiprocessors' present clock."""
+    value = _run(["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"])
+    if not value:
+        raise RuntimeError("nvidia-smi does not tell clocks.sm")
+    return float(value)
+
+
 def slug(name: str) -> str:
     """``NVIDIA H100 80GB HBM3`` to ``nvidia-h100-80gb-hbm3``."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.ceilings import empty_kernel
+from bench.report import clock_megahertz
 from bench.timing import Timing, interleaved, time_eager
 from fastspec import DraftTree
 from fastspec.ops import Proposer, Verifier
@@ -29,9 +30,11 @@ PARAMS = {
     "temperature": SamplingParams(temperature=1.0),
     "topk_topp": SamplingParams(temperature=0.8, top_k=50, top_p=0.9),
 }
-#: Inputs differ from launch to launch: seeds advance, and so do acceptances and residuals.
-ROTATION = 8
-STAGES = ("launch", "statistics", "collected", "output")
+#: Inputs differ from launch to launch, as many as fit the L2 cache together: that is where a pass leaves its logits.
+ROTATION_BYTES = 24 << 20
+MAX_ROTATION = 8
+#: What lies between the marks at which the kernel notes the clock.
+PARTS = ("read", "statistics", "walk", "output")
 
 
 @dataclass
@@ -88,14 +91,13 @@ def torch_chain(logits, draft_logits, tokens, temperature):
     return accepted, (residual / noise).argmax()
 
 
-def rotating(inputs: list[Inputs], backend: str, stage: int = 3) -> Callable[[], object]:
+def make_verifier(each: Inputs, backend: str) -> Verifier:
+    return Verifier(each.tree, each.logits.shape[0], each.logits.shape[2], each.rule, "cuda", backend)
+
+
+def rotating(inputs: list[Inputs], backend: str) -> Callable[[], object]:
     """A call that verifies the next of several inputs; nothing is made between launches."""
-    one = inputs[0]
-    verifiers = []
-    for each in inputs:
-        verifier = Verifier(one.tree, each.logits.shape[0], each.logits.shape[2], one.rule, "cuda", backend)
-        verifier._last_stage = stage
-        verifiers.append(verifier)
+    verifiers = [make_verifier(each, backend) for each in inputs]
     state = {"next": 0}
 
     def call():
@@ -127,16 +129,16 @@ def measure(read_bandwidth: float, quick: bool) -> list[dict]:
     for vocab_size in VOCABULARIES:
         for tree_name, tree in TREES.items():
             for params_name, params in PARAMS.items():
-                inputs = [make_inputs(tree, vocab_size, params, seed) for seed in range(ROTATION)]
+                read = (tree.num_nodes + (len(tree.inner) if params_name != "greedy" else 0)) * vocab_size * 4
+                rotation = max(1, min(MAX_ROTATION, ROTATION_BYTES // read))
+                inputs = [make_inputs(tree, vocab_size, params, seed) for seed in range(rotation)]
                 calls = {backend: rotating(inputs, backend) for backend in ("cuda", "triton")}
                 if tree.is_chain and params_name == "temperature":
                     calls |= _chain_baselines(inputs[0])
                 name = f"verify/{tree_name}/V{vocab_size}/{params_name}"
-                timings = interleaved(calls, repeats=ROTATION * 4, samples=samples)
+                timings = interleaved(calls, repeats=MAX_ROTATION * 4, samples=samples)
                 if "torch_graph" in calls:
                     timings["torch_eager"] = time_eager(calls["torch_graph"])
-                read = tree.num_nodes * vocab_size * 4
-                read += 0 if params_name == "greedy" else len(tree.inner) * vocab_size * 4
                 floor = launch + read / read_bandwidth * 1e6
                 for backend in ("cuda", "triton"):
                     others = {
@@ -148,7 +150,7 @@ def measure(read_bandwidth: float, quick: bool) -> list[dict]:
                     for other, timing in others.items()
                 ]
                 if tree_name in ("chain5", "tree64") and vocab_size == VOCABULARIES[0]:
-                    rows += _parts(name, inputs, samples)
+                    rows += _parts(name, inputs)
     return rows
 
 
@@ -164,11 +166,28 @@ def _chain_baselines(each: Inputs) -> dict[str, Callable[[], object]]:
     return calls if flashinfer is None else {**calls, "flashinfer_graph": flashinfer}
 
 
-def _parts(name: str, inputs: list[Inputs], samples: int) -> list[dict]:
-    """Differences between launches that stop after each stage."""
-    calls = {stage: rotating(inputs, "cuda", number) for number, stage in enumerate(STAGES)}
-    timings = interleaved(calls, repeats=ROTATION * 4, samples=samples)
-    return [_row(f"parts/{name.removeprefix('verify/')}/until_{stage}", timings[stage]) for stage in STAGES]
+def _parts(name: str, inputs: list[Inputs]) -> list[dict]:
+    """Where the time inside a launch goes, by the clock of its first thread."""
+    marks = []
+    for each in inputs:
+        verifier = make_verifier(each, "cuda")
+        verifier.clock = torch.zeros(len(PARTS) + 1, dtype=torch.int64, device="cuda")
+        for _ in range(20):
+            verifier(each.logits, each.tokens, each.sampling, each.positions, each.draft_logits)
+        torch.cuda.synchronize()
+        for _ in range(20):
+            verifier(each.logits, each.tokens, each.sampling, each.positions, each.draft_logits)
+            marks.append(verifier.clock.clone())
+    cycles = torch.stack(marks).diff(dim=1).double().cpu()
+    megahertz = clock_megahertz()
+    timings = []
+    for part in range(len(PARTS)):
+        p10, median, p90 = (cycles[:, part].quantile(q).item() / megahertz for q in (0.1, 0.5, 0.9))
+        timings.append(Timing(median, p10, p90))
+    return [
+        _row(f"parts/{name.removeprefix('verify/')}/{part}", timing)
+        for part, timing in zip(PARTS, timings, strict=True)
+    ]
 
 
 def _row(

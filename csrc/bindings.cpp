@@ -34,10 +34,10 @@ fastspec::SamplingParams sampling_params(std::uintptr_t temperature, std::uintpt
 
 void verify(std::uintptr_t target_logits, int logit_type, int64_t target_stride, std::uintptr_t draft_logits,
             std::uintptr_t tokens, int64_t tokens_stride, std::uintptr_t tree, std::uintptr_t positions,
-            const fastspec::SamplingParams& sampling, std::uintptr_t stats, std::uintptr_t tiles,
-            std::uintptr_t arrivals, std::uintptr_t path, std::uintptr_t num_accepted, std::uintptr_t next_token,
-            std::uintptr_t invalid, int batch_size, int num_nodes, int num_inner, int max_depth, int vocab_size,
-            int rule, int cluster_size, int helper_clusters, int last_stage, std::uintptr_t stream) {
+            const fastspec::SamplingParams& sampling, std::uintptr_t path, std::uintptr_t num_accepted,
+            std::uintptr_t next_token, std::uintptr_t invalid, int batch_size, int num_nodes, int num_inner,
+            int max_depth, int vocab_size, int root_ahead, int root_inner_ahead, int rule, int cluster_size,
+            std::uintptr_t clock, std::uintptr_t stream) {
   const fastspec::VerifyParams params = {.target_logits = pointer<const void>(target_logits),
                                          .draft_logits = pointer<const float>(draft_logits),
                                          .tokens = pointer<const int64_t>(tokens),
@@ -45,9 +45,6 @@ void verify(std::uintptr_t target_logits, int logit_type, int64_t target_stride,
                                          .positions = pointer<const int64_t>(positions),
                                          .sampling = sampling,
                                          .logit_type = static_cast<fastspec::LogitType>(logit_type),
-                                         .stats = pointer<fastspec::RowStats>(stats),
-                                         .tiles = pointer<fastspec::TileStats>(tiles),
-                                         .arrivals = pointer<int>(arrivals),
                                          .path = pointer<int64_t>(path),
                                          .num_accepted = pointer<int64_t>(num_accepted),
                                          .next_token = pointer<int64_t>(next_token),
@@ -59,10 +56,11 @@ void verify(std::uintptr_t target_logits, int logit_type, int64_t target_stride,
                                          .num_inner = num_inner,
                                          .max_depth = max_depth,
                                          .vocab_size = vocab_size,
+                                         .root_ahead = root_ahead,
+                                         .root_inner_ahead = root_inner_ahead,
                                          .rule = static_cast<fastspec::Rule>(rule),
                                          .cluster_size = cluster_size,
-                                         .helper_clusters = helper_clusters,
-                                         .last_stage = static_cast<fastspec::Stage>(last_stage)};
+                                         .clock = pointer<int64_t>(clock)};
   check(fastspec::verify(params, pointer<void>(stream)), "fastspec verify kernel");
 }
 

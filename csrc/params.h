@@ -20,8 +20,9 @@ enum class Rule : int {
   kDrafterInvariant = 4,
 };
 
-// Parts of a verification, in order.
-enum class Stage : int { kLaunch = 0, kStatistics = 1, kCollected = 2, kOutput = 3 };
+// Where a verification stands when it notes the clock.
+enum class Mark : int { kStart = 0, kRead = 1, kStatistics = 2, kTests = 3, kEnd = 4 };
+constexpr int kNumMarks = 5;
 
 // Per-sequence sampling parameters, [B] each unless said.
 struct SamplingParams {
@@ -36,34 +37,18 @@ struct SamplingParams {
   const uint8_t* seen;           // [B, V]
 };
 
-// The draft tree, one row of a table per node.
+// The draft tree in breadth-first order, one row of a table per node.
 struct TreeNode {
   int parent, depth, first_child, num_children;
   int inner_row;   // row of the draft's distributions; -1 for a leaf
   int inner_node;  // entry i: the node whose row of the draft's distributions is i
-  int unused[2];
+  // Descendants whose rows are read along with this node's own: `num_ahead` nodes from first_child on, and the
+  // `num_inner_ahead` rows of the draft's distributions from `first_inner_ahead` on.
+  int first_inner_ahead;
+  int16_t num_ahead, num_inner_ahead;
 };
 
-// Statistics of a row of logits (see rows.cuh).
-struct RowStats {
-  float maximum;
-  float threshold;
-  float min_weight;
-  int argmax;
-  double total;
-  int valid;
-  int unused;
-};
-
-// Statistics of one tile of a row.
-struct TileStats {
-  float maximum;  // NaN if the tile holds a NaN or +inf
-  float total;
-  int argmax;
-  int unused;
-};
-
-constexpr int kStatsTile = 512;      // tokens of a statistics tile: one warp, 16 per lane
+constexpr int kMaxRowsAtOnce = 16;  // rows of logits that are read together: target and draft
 constexpr int kMaxVocab = 1 << 18;
 
 struct VerifyParams {
@@ -74,19 +59,16 @@ struct VerifyParams {
   const int64_t* positions;   // [B], position of the root's successor
   SamplingParams sampling;
   LogitType logit_type;
-  RowStats* stats;        // workspace [B, N + N_inner]
-  TileStats* tiles;       // workspace [B, N + N_inner, tiles of V]
-  int* arrivals;          // workspace [B], zero between launches
   int64_t* path;          // [B, D + 1]
   int64_t* num_accepted;  // [B]
   int64_t* next_token;    // [B]
   bool* invalid;          // [B]
   int64_t target_stride, tokens_stride;
   int batch_size, num_nodes, num_inner, max_depth, vocab_size;
+  int root_ahead, root_inner_ahead;  // num_ahead and num_inner_ahead of the root, known before the tree is read
   Rule rule;
   int cluster_size;
-  int helper_clusters;
-  Stage last_stage;  // kOutput, but for measuring the parts
+  int64_t* clock;  // [kNumMarks] cycles at each Mark, for measuring; may be null
 };
 
 struct ProposeParams {

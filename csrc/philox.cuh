@@ -20,9 +20,12 @@ __device__ __forceinline__ NoiseKey noise_key(int64_t seed, int64_t position, St
           (static_cast<uint32_t>(stream) << 16) + static_cast<uint32_t>(node), static_cast<uint32_t>(position)};
 }
 
-// Philox4x32-10 (Salmon et al., SC 2011): the block of a pair of lanes.
-__device__ __forceinline__ uint4 philox_block(const NoiseKey& key, uint32_t pair) {
-  uint32_t c0 = pair, c1 = key.source, c2 = key.position, c3 = 0;
+// The high or the low words of the 64-bit numbers of a quad of lanes.
+enum class Half : uint32_t { kHigh = 0, kLow = 1 };
+
+// Philox4x32-10 (Salmon et al., SC 2011).
+__device__ __forceinline__ uint4 philox_block(const NoiseKey& key, uint32_t quad, Half half) {
+  uint32_t c0 = quad, c1 = key.source, c2 = key.position, c3 = static_cast<uint32_t>(half);
   uint32_t k0 = key.key0, k1 = key.key1;
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
@@ -38,24 +41,50 @@ __device__ __forceinline__ uint4 philox_block(const NoiseKey& key, uint32_t pair
   return {c0, c1, c2, c3};
 }
 
-// Uniform in (0, 1] with 53 bits, for tests of the form u <= h.
-__device__ __forceinline__ double accept_uniform(const NoiseKey& key) {
-  const uint4 words = philox_block(key, 0);
-  const uint64_t bits = (static_cast<uint64_t>(words.x) << 21) | (words.y >> 11);
-  return static_cast<double>(bits + 1) * 0x1p-53;
+// The same as a call, for words that are seldom needed: instructions must be fetched, too.
+static __device__ __noinline__ uint4 philox_call(NoiseKey key, uint32_t quad, Half half) {
+  return philox_block(key, quad, half);
 }
 
-// Unit exponential -log1p(-t), t = (k + 1/2) / 2**53, in single precision with full relative accuracy: the
-// smallest ones decide whether an improbable token is ever drawn, so their low bits count.
-__device__ __forceinline__ float exponential(uint32_t high, uint32_t low) {
-  float t;
-  if (high >= (1u << 24)) {
-    t = __uint2float_rn(high) * 0x1p-32f;  // the low word is below half an ulp
-  } else {
-    const uint64_t bits = (static_cast<uint64_t>(high) << 21) | (low >> 11);
-    t = (__ull2float_rn(bits) + 0.5f) * 0x1p-53f;
+// Uniform in (0, 1] for tests of the form u <= h: 53 bits, rounded once to single precision, in which small ones
+// keep all their digits.
+__device__ __forceinline__ float accept_uniform(const NoiseKey& key) {
+  const uint64_t high = philox_call(key, 0, Half::kHigh).x, low = philox_call(key, 0, Half::kLow).x;
+  return __ull2float_rn((high << 21 | low >> 11) + 1) * 0x1p-53f;
+}
+
+// -log1p(-t) for t in (0, 1], to a few units in the last place of single precision. Both ways are computed and one
+// is taken: a branch would cost more.
+__device__ __forceinline__ float exponential_of(float t) {
+  float series = 0.3339090645313263f;
+  series = fmaf(series, t, 0.08952038735151291f);
+  series = fmaf(series, t, 0.21425245702266693f);
+  series = fmaf(series, t, 0.2486901879310608f);
+  series = fmaf(series, t, 0.3333897590637207f);
+  series = fmaf(series, t, 0.49999910593032837f);
+  series = fmaf(series, t, 1.0f);
+  float logarithm;  // 1 - t may round to zero
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(logarithm) : "f"(fmaxf(1.0f - t, 0x1p-33f)));
+  return t < 0.25f ? series * t : -0.6931471805599453f * logarithm;
+}
+
+// Unit exponentials -log1p(-t), t = (k + 1/2) / 2**53, of a quad of lanes, with full relative accuracy: the smallest
+// ones decide whether an improbable token is ever drawn, so their low bits count.
+__device__ __forceinline__ float4 exponentials(const NoiseKey& key, uint32_t quad) {
+  constexpr float kSmall = 0x1p-8f;  // from here on the low word is below half a unit in the last place
+  const uint4 high = philox_block(key, quad, Half::kHigh);
+  float4 t = {__uint2float_rn(high.x) * 0x1p-32f, __uint2float_rn(high.y) * 0x1p-32f,
+              __uint2float_rn(high.z) * 0x1p-32f, __uint2float_rn(high.w) * 0x1p-32f};
+  if (fminf(fminf(t.x, t.y), fminf(t.z, t.w)) < kSmall) {
+    const uint4 low = philox_call(key, quad, Half::kLow);
+    const auto refine = [](float coarse, uint32_t upper, uint32_t lower) {
+      const uint64_t bits = static_cast<uint64_t>(upper) << 21 | lower >> 11;
+      return coarse < kSmall ? (__ull2float_rn(bits) + 0.5f) * 0x1p-53f : coarse;
+    };
+    t = {refine(t.x, high.x, low.x), refine(t.y, high.y, low.y), refine(t.z, high.z, low.z),
+         refine(t.w, high.w, low.w)};
   }
-  return -log1pf(-t);
+  return {exponential_of(t.x), exponential_of(t.y), exponential_of(t.z), exponential_of(t.w)};
 }
 
 }  // namespace fastspec

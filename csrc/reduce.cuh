@@ -1,4 +1,4 @@
-// Reductions over a warp and over a block of kThreads threads, in a fixed order.
+// Reductions over a warp, in a fixed order.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,30 @@ namespace fastspec {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr float kInfinity = INFINITY;
+
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / 32; }
+
+// Unsigned integers in the order of the floats.
+__device__ __forceinline__ uint32_t ordered_key(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float from_ordered_key(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+  return from_ordered_key(__reduce_max_sync(kAllLanes, ordered_key(value)));
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(kAllLanes, value, lane);
+  return value;
+}
 
 // A score and the token it belongs to; the larger score wins, the lower id among equals.
 struct Best {
@@ -20,49 +44,22 @@ __device__ __forceinline__ Best better(Best a, Best b) {
   return second ? b : a;
 }
 
-struct MaxOp {
-  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
-};
-struct SumOp {
-  template <typename T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-struct BestOp {
-  __device__ __forceinline__ Best operator()(Best a, Best b) const { return better(a, b); }
-};
+__device__ __forceinline__ Best warp_best(Best mine) {
+  const float score = warp_max(mine.score);
+  return {score, __reduce_min_sync(kAllLanes, mine.score == score ? mine.token : INT32_MAX)};
+}
 
+// Sum over the block of kThreads threads, to every thread. `scratch` holds kWarps values.
 template <typename T>
-__device__ __forceinline__ T shuffle_xor(T value, int lane) {
-  return __shfl_xor_sync(kAllLanes, value, lane);
-}
-template <>
-__device__ __forceinline__ Best shuffle_xor(Best value, int lane) {
-  return {__shfl_xor_sync(kAllLanes, value.score, lane), __shfl_xor_sync(kAllLanes, value.token, lane)};
-}
-
-// Every lane gets the result over its group of `width` neighbouring lanes.
-template <typename T, typename Op>
-__device__ __forceinline__ T warp_reduce(T value, Op op, int width = 32) {
-#pragma unroll
-  for (int lane = 16; lane > 0; lane /= 2) {
-    if (lane < width) value = op(value, shuffle_xor(value, lane));
-  }
-  return value;
-}
-
-// Every thread gets the result. `scratch` holds kWarps values and is free again after the next barrier.
-template <typename T, typename Op>
-__device__ __forceinline__ T block_reduce(T value, Op op, T* scratch) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  value = warp_reduce(value, op);
+__device__ __forceinline__ T block_sum(T value, T* scratch) {
+  value = warp_sum(value);
 #ifndef FASTSPEC_PLANT_RACE  // the sanitizer job builds a variant without it, to see itself fail
   __syncthreads();
 #endif
-  if (lane == 0) scratch[warp] = value;
+  if (lane_index() == 0) scratch[warp_index()] = value;
   __syncthreads();
-  return warp_reduce(scratch[lane % kWarps], op, kWarps);
+  value = lane_index() < kWarps ? scratch[lane_index()] : T{0};
+  return warp_sum(value);
 }
 
 }  // namespace fastspec

@@ -8,6 +8,9 @@ from functools import cached_property, lru_cache
 
 import torch
 
+#: Rows of logits that verification reads together (``kMaxRowsAtOnce`` in csrc/params.h).
+ROWS_AT_ONCE = 16
+
 MAX_NODES = 128
 
 
@@ -164,6 +167,23 @@ class DraftTree:
             node = self.parents[node]
         return tuple(reversed(nodes))
 
+    def ahead(self, node: int) -> tuple[int, int]:
+        """How many of the nodes that follow ``node``'s first child, and rows of the draft, are read with its own.
+
+        They are descendants of the node, without a gap, as many as :data:`ROWS_AT_ONCE` allows.
+        """
+        if not self.children[node]:
+            return 0, 0
+        first = end = self.children[node][0]
+        rows, inner = 2, 0
+        while end < self.num_nodes and (self.parents[end] == node or first <= self.parents[end] < end):
+            rows += 2 if self.children[end] else 1
+            if rows > ROWS_AT_ONCE:
+                break
+            inner += bool(self.children[end])
+            end += 1
+        return end - first, inner
+
     def on(self, device: torch.device | str) -> TreeTensors:
         """The topology as tensors on a device; made once per device."""
         return _tree_tensors(self, torch.device(device))
@@ -204,8 +224,10 @@ def _tree_tensors(tree: DraftTree, device: torch.device) -> TreeTensors:
     for node, children in enumerate(tree.children):
         first = children[0] if children else 0
         inner_node = tree.inner[node] if node < len(tree.inner) else 0
+        num_ahead, num_inner_ahead = tree.ahead(node)
+        first_inner_ahead = next((row for inner, row in rows.items() if inner >= first), 0)
         place = (tree.parents[node], tree.depths[node], first, len(children), rows.get(node, -1), inner_node)
-        table[node, : len(place)] = torch.tensor(place)
+        table[node] = torch.tensor((*place, first_inner_ahead, num_ahead | num_inner_ahead << 16))
     padded = [path + (path[-1],) * (tree.max_depth + 1 - len(path)) for path in paths]
     return TreeTensors(
         depths=torch.tensor(tree.depths, device=device),

@@ -37,10 +37,8 @@ def drive(plant: str | None) -> None:
             for level in range(case.tree.max_depth):
                 raw = raw_draft_logits(case, seed, level, padded=True)
                 proposer(raw, level, case.tokens, case.draft_logits, case.sampling, case.positions)
-            variants = [(None, None)] if backend == "triton" else [(1, 0), (4, 0), (16, 0), (4, 2)]
-            for cluster_size, helpers in variants:
-                if cluster_size is not None:
-                    verifier._cluster_size, verifier._helper_clusters = cluster_size, helpers
+            for cluster_size in (None,) if backend == "triton" else (1, 4, 16):
+                verifier._cluster_size = cluster_size
                 if plant == "bounds" and backend == "cuda":
                     verifier._verdict = verifier._verdict._replace(
                         num_accepted=torch.zeros(0, device="cuda").long()

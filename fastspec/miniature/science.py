@@ -373,4 +373,7 @@ def pose(rng: Random, scene: Scene) -> tuple[str, str, str]:
             + " " * (glue != "\n")
             + say(rng, CLOSINGS)
         )
-    return user, f"{problem.thoughts} The answer is {letter}.", letter
+    # The option in its own words comes before its letter: the letter is then a matter of finding those words.
+    chosen = say(rng, "[That is|So it is|This is] {o}[, so the answer is|. The answer is|: the answer is] {l}.",
+                 o=problem.options[0], l=letter)  # fmt: skip
+    return user, f"{problem.thoughts} {chosen}", letter

@@ -84,7 +84,6 @@ class Verifier:
         self.backend = choose(backend, self.device, supported)
         if self.backend == "reference":
             return
-        rows = tree.num_nodes + len(tree.inner)
 
         def empty(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -95,16 +94,15 @@ class Verifier:
             empty(batch_size),
             empty(batch_size, dtype=torch.bool),
         )
-        self._arrivals = empty(batch_size, dtype=torch.int32)
         if self.backend == "triton":
+            rows = tree.num_nodes + len(tree.inner)
+            self._arrivals = empty(batch_size, dtype=torch.int32)
             self._stats = empty(batch_size, rows, 8, dtype=torch.float64)
             return
-        module = extension()
-        self._stats = empty(batch_size, rows, 32, dtype=torch.uint8)
-        self._tiles = empty(batch_size, rows, -(-vocab_size // 512), 16, dtype=torch.uint8)
-        self._cluster_size = group_size(batch_size, module.max_verify_group())
-        self._helper_clusters = self._count_helpers(rows)
-        self._last_stage = 3  # all of them; the benchmark leaves some out to measure the rest
+        self._root_ahead = tree.ahead(0)
+        self._cluster_size = group_size(batch_size, extension().max_verify_group())
+        #: Where the kernel notes the cycles at each mark (csrc/params.h); for measuring only.
+        self.clock: torch.Tensor | None = None
 
     def __call__(
         self,
@@ -145,14 +143,6 @@ class Verifier:
         if tokens.shape[1] > 1 and tokens.stride(1) != 1:
             raise ValueError(f"tokens must have contiguous rows, got strides {tokens.stride()}")
 
-    def _count_helpers(self, rows: int) -> int:
-        """Groups that gather statistics for the walkers, where one round of a group's warps does not suffice."""
-        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        warps = 16 * self._cluster_size
-        rounds = rows * -(-self.vocab_size // 512) / warps
-        spare = processors // self._cluster_size - self.batch_size
-        return max(0, spare) if rounds > 5 else 0
-
     def _launch_cuda(self, target_logits, tokens, sampling, positions, draft_logits) -> None:
         tree, verdict = self.tree, self._verdict
         module = extension()
@@ -166,19 +156,16 @@ class Verifier:
             tree.on(self.device).table.data_ptr(),
             positions.data_ptr(),
             sampling_pointers(module, sampling),
-            self._stats.data_ptr(),
-            self._tiles.data_ptr(),
-            self._arrivals.data_ptr(),
             *(tensor.data_ptr() for tensor in verdict),
             self.batch_size,
             tree.num_nodes,
             len(tree.inner),
             tree.max_depth,
             self.vocab_size,
+            *self._root_ahead,
             RULE_NUMBERS[self._kernel_rule],
             self._cluster_size,
-            self._helper_clusters,
-            self._last_stage,
+            0 if self.clock is None else self.clock.data_ptr(),
             torch.cuda.current_stream(self.device).cuda_stream,
         )
 
