@@ -35,7 +35,10 @@ def tree_attention(
     grouped = queries.to(compute).view(batch, rows, kv_heads, heads // kv_heads, head_dim)
     scores = torch.einsum("brkgd,bkcd->bkgrc", grouped, keys.to(compute)) * scale
     weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
-    # Zero times a leftover NaN would be NaN.
-    used = values.to(compute).masked_fill(~visible.any(1)[:, None, :, None], 0.0)
-    mixed = torch.einsum("bkgrc,bkcd->brkgd", weights, used)
+    # Zero times NaN is NaN: a leftover, or a drafted token the weights turn into NaN, would spoil rows that
+    # do not see it. So such values are left out of the product, and the rows that do see one get their NaN back.
+    finite = values.isfinite().all(-1, keepdim=True)
+    mixed = torch.einsum("bkgrc,bkcd->brkgd", weights, torch.where(finite, values.to(compute), 0.0))
+    spoiled = (visible[:, :, None] & ~finite[..., 0][:, None]).any(-1)
+    mixed = mixed.masked_fill(spoiled[..., None, None], float("nan"))
     return mixed.reshape(batch, rows, heads, head_dim).to(queries.dtype)
