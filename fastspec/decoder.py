@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from fastspec.draft import make_draft
+from fastspec.draft import Draft, make_draft
 from fastspec.metrics import SpeculationRecord
 from fastspec.model.cache import CacheView
 from fastspec.model.transformer import DecodeTransformer
@@ -19,6 +19,7 @@ from fastspec.sampling import SamplingParams
 from fastspec.state import DecodeState, FinishReason
 from fastspec.tree import DraftTree
 from fastspec.verification import Rule
+from fastspec.vocabulary import check_vocabularies
 
 MAX_BATCH_SIZE = 8
 DEFAULT_GAMMA = 5
@@ -36,8 +37,10 @@ class Request:
         max_new_tokens: most tokens to append.
         params: how the target samples.
         draft_params: how the draft samples, if not like the target; any choice leaves the law alone.
-        seed: key of the sequence's random numbers.
+        seed: key of the sequence's random numbers, modulo 2**64.
         eos_token_ids: tokens that end it.
+        padding_ids: tokens before the prompt that the model does not see; like transformers, the repetition
+            penalty counts them as seen.
     """
 
     prompt: Prompt
@@ -46,6 +49,7 @@ class Request:
     draft_params: SamplingParams | None = None
     seed: int = 0
     eos_token_ids: tuple[int, ...] = ()
+    padding_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class SpeculativeDecoder:
         batch_size: sequences decoded together, 1 to 8.
         capacity: most tokens of a sequence, prompt, image and answer together; the target's
             ``max_position_embeddings`` unless given.
+        tokenizer, draft_tokenizer: the vocabularies to compare; without them their sizes are.
 
     Raises:
         TypeError: for a target or draft that is no such model.
@@ -94,13 +99,14 @@ class SpeculativeDecoder:
         rule: Rule | str | None = None,
         batch_size: int = 1,
         capacity: int | None = None,
+        tokenizer: object = None,
+        draft_tokenizer: object = None,
     ):
         check_target(target)
-        self.model = target
-        self.target = DecodeTransformer(*text_stack(target))
         self.draft = None if draft is None else make_draft(draft)
         self.tree = resolve_tree(self.draft, gamma, tree)
-        self.rule = resolve_rule(self.draft, self.tree, rule)
+        self.rule = check_pair(target, self.draft, self.tree, rule, tokenizer, draft_tokenizer)
+        self.target = DecodeTransformer(*text_stack(target))
         if not 1 <= batch_size <= MAX_BATCH_SIZE:
             raise ValueError(f"batch_size must be 1 to {MAX_BATCH_SIZE}, got {batch_size}")
         if capacity is None:
@@ -110,13 +116,12 @@ class SpeculativeDecoder:
                 f"capacity must be 2 to {self.target.max_positions}, the target's max_position_embeddings, "
                 f"got {capacity}"
             )
-        check_devices(self.target, self.draft)
         self.batch_size, self.capacity = batch_size, capacity
         self.state = DecodeState(batch_size, capacity, self.tree, self.target.vocab_size, self.target.device)
         self.cache = self.target.new_cache(batch_size, capacity + self.tree.num_nodes)
-        if self.draft is not None:
-            self.draft.allocate(batch_size, capacity, self.tree, self.target.vocab_size, self.rule)
         shape = (batch_size, self.target.vocab_size, self.rule, self.target.device)
+        if self.draft is not None:
+            self.draft.allocate(batch_size, capacity, self.tree, *shape[1:])
         self._verifier = Verifier(self.tree, *shape)
         self._first_verifier = Verifier(DraftTree.chain(0), *shape)
         self.logits_hook: LogitsHook | None = None
@@ -144,6 +149,7 @@ class SpeculativeDecoder:
                 request.draft_params or request.params,
                 request.seed,
                 request.eos_token_ids,
+                request.padding_ids,
             )
             hidden = self.target.prefill(prompt.embeddings(self.target), self.cache, row)
             first_logits[row] = self.target.logits(hidden[-1:])
@@ -248,18 +254,29 @@ def check_target(target: object) -> None:
         raise TypeError(f"target must be a LLaVA-shaped model ({', '.join(MULTIMODAL_MODELS)}), got {given}")
 
 
-def check_devices(target: DecodeTransformer, draft: object) -> None:
-    """Raises ValueError if a model draft is not on the target's device or its vocabulary is another one."""
+def check_pair(
+    target: nn.Module,
+    draft: Draft | None,
+    tree: DraftTree,
+    rule: Rule | str | None,
+    tokenizer: object = None,
+    draft_tokenizer: object = None,
+) -> Rule:
+    """The rule for a target and a draft, or an error if they do not go together."""
+    check_target(target)
+    resolved = resolve_rule(draft, tree, rule)
     transformer = getattr(draft, "transformer", None)
-    if transformer is None:
-        return
-    if transformer.device != target.device:
-        raise ValueError(
-            f"draft and target must be on one device, got {transformer.device} and {target.device}"
-        )
+    if transformer is not None:
+        if transformer.device != target.device:
+            raise ValueError(
+                f"draft and target must be on one device, got {transformer.device} and {target.device}"
+            )
+        size = text_stack(target)[1].weight.shape[0]
+        check_vocabularies(size, transformer.vocab_size, tokenizer, draft_tokenizer)
+    return resolved
 
 
-def resolve_tree(draft: object, gamma: int | None, tree: DraftTree | None) -> DraftTree:
+def resolve_tree(draft: Draft | None, gamma: int | None, tree: DraftTree | None) -> DraftTree:
     """The draft tree that the arguments ask for."""
     if gamma is not None and tree is not None:
         raise ValueError("pass gamma or tree, not both")
@@ -272,6 +289,10 @@ def resolve_tree(draft: object, gamma: int | None, tree: DraftTree | None) -> Dr
             raise TypeError(f"tree must be a fastspec.DraftTree, got {type(tree).__name__}")
         if tree.num_nodes < 2:
             raise ValueError("the draft tree must have at least one node besides its root")
+        if draft.chains_only and not tree.is_chain:
+            raise ValueError(
+                f"this draft proposes a chain, got a tree of {tree.num_nodes} nodes with siblings"
+            )
         return tree
     gamma = DEFAULT_GAMMA if gamma is None else gamma
     if isinstance(gamma, bool) or not isinstance(gamma, int) or gamma < 1:
@@ -279,9 +300,9 @@ def resolve_tree(draft: object, gamma: int | None, tree: DraftTree | None) -> Dr
     return DraftTree.chain(gamma)
 
 
-def resolve_rule(draft: object, tree: DraftTree, rule: Rule | str | None) -> Rule:
+def resolve_rule(draft: Draft | None, tree: DraftTree, rule: Rule | str | None) -> Rule:
     """The acceptance rule that fits draft and tree, or the one asked for if it does."""
-    deterministic = getattr(draft, "deterministic", False)
+    deterministic = draft is not None and draft.deterministic
     if rule is None:
         if deterministic:
             return Rule.TARGET_ONLY

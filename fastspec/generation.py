@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,8 +19,8 @@ from fastspec.decoder import (
     MAX_BATCH_SIZE,
     Request,
     SpeculativeDecoder,
+    check_pair,
     check_target,
-    resolve_rule,
     resolve_tree,
 )
 from fastspec.delivery import Delivery
@@ -27,9 +29,9 @@ from fastspec.metrics import SpeculationRecord
 from fastspec.model.vision import Prompt, check_pixel_values, deal_images, encode_images, image_token_id
 from fastspec.processors import ProcessorHook, translate
 from fastspec.sampling import SamplingParams
+from fastspec.state import FinishReason
 from fastspec.tree import DraftTree
 from fastspec.verification import Rule
-from fastspec.vocabulary import check_vocabularies
 
 #: Arguments of transformers' own assisted generation, and what they are called here.
 _ASSISTED = {
@@ -61,6 +63,16 @@ _UNSUPPORTED = (
     ("use_cache", (None, True), "decoding without a cache"),
     ("cache_implementation", (None,), "another cache (fastspec keeps its own static one)"),
     ("prefill_chunk_size", (None,), "chunked prefill"),
+)
+#: Arguments that describe images; :func:`make_prompts` reads them.
+_IMAGE_ARGUMENTS = (
+    "pixel_values",
+    "image_sizes",
+    "batch_num_images",
+    "vision_aspect_ratio",
+    "vision_feature_layer",
+    "vision_feature_layers",
+    "vision_feature_select_strategy",
 )
 _CAPACITY_STEP = 64
 
@@ -109,7 +121,8 @@ def generate(
 
     Returns:
         ``[B, L + T]`` token ids, or with ``return_dict_in_generate`` a :class:`SpeculativeOutput`. Scores and
-        logits of sequences that have ended are those of a row of zeros.
+        logits of sequences that have ended are those of a row of zeros; ``past_key_values`` is None, for the
+        cache is fastspec's own.
 
     Raises:
         TypeError, ValueError: before any work, for what cannot be honoured; no argument is ever dropped.
@@ -123,6 +136,10 @@ def generate(
             raise ValueError(f"{name} belongs to transformers' assisted generation; here it is {ours}")
     if kwargs.get("custom_generate") is not None:
         raise ValueError("fastspec.generate is itself a custom_generate; call target.generate to use another")
+    if kwargs.get("synced_gpus"):
+        raise ValueError(
+            "synced_gpus=True cannot be honoured: a model sharded over processes is not supported"
+        )
     pixel_values = kwargs.get("pixel_values")
     if pixel_values is not None:
         check_pixel_values(target, pixel_values)
@@ -144,10 +161,11 @@ def generate(
         draft_tokenizer=draft_tokenizer,
         streamer=streamer,
         stop_strings=stop_strings,
-        pixel_values=pixel_values,
     )
     loop.check(target)
-    return target.generate(**kwargs, custom_generate=loop)
+    # Images go past transformers, which would encode them before the loop could check anything.
+    images = {name: kwargs.pop(name) for name in _IMAGE_ARGUMENTS if kwargs.get(name) is not None}
+    return target.generate(**kwargs, custom_generate=replace(loop, images=images))
 
 
 def custom_generate(
@@ -170,9 +188,12 @@ def custom_generate(
     5.18 on ``pixel_values``, which an image draft needs): bind them here. The arguments are those of
     :func:`generate`.
     """
+    if stop_strings is not None and tokenizer is None:
+        raise ValueError("stop_strings needs tokenizer, got None")
+    made = make_draft(draft)
     return DecodingLoop(
-        draft=make_draft(draft),
-        tree=resolve_tree(draft, gamma, tree),
+        draft=made,
+        tree=resolve_tree(made, gamma, tree),
         rule=rule,
         seed=seed,
         generator=generator,
@@ -180,7 +201,7 @@ def custom_generate(
         draft_tokenizer=draft_tokenizer,
         streamer=streamer,
         stop_strings=stop_strings,
-        pixel_values=pixel_values,
+        images={} if pixel_values is None else {"pixel_values": pixel_values},
     )
 
 
@@ -197,15 +218,11 @@ class DecodingLoop:
     draft_tokenizer: object
     streamer: BaseStreamer | None
     stop_strings: str | list[str] | None
-    pixel_values: torch.Tensor | None
+    images: dict[str, Any]
 
     def check(self, target: nn.Module) -> None:
         """Raises for a draft, rule or vocabulary that does not fit the target, before any work."""
-        check_target(target)
-        resolve_rule(self.draft, self.tree, self.rule)
-        check_vocabularies(target, self.draft, self.tokenizer, self.draft_tokenizer)
-        if self.stop_strings is not None and self.tokenizer is None:
-            raise ValueError("stop_strings needs tokenizer, got None")
+        check_pair(target, self.draft, self.tree, self.rule, self.tokenizer, self.draft_tokenizer)
 
     def __call__(
         self,
@@ -216,34 +233,34 @@ class DecodingLoop:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> torch.Tensor | SpeculativeOutput:
-        self.check(model)
         check_config(generation_config)
         batch, length = input_ids.shape
         if batch > MAX_BATCH_SIZE:
             raise ValueError(f"at most {MAX_BATCH_SIZE} sequences are decoded together, got {batch}")
         starts = prompt_starts(input_ids, model_kwargs)
-        prompts = make_prompts(
-            model,
-            input_ids,
-            starts,
-            model_kwargs,
-            copies=generation_config.num_return_sequences or 1,
-            pixel_values=self.pixel_values,
-        )
         check_leftovers(model_kwargs)
-
+        seeds = self._seeds(batch)
         do_sample = bool(generation_config.do_sample)
-        translated = translate(logits_processor, length)
         eos = _as_list(getattr(generation_config, "_eos_token_tensor", None))
+        translated = translate(logits_processor, length, eos)
         new_tokens = generation_config.max_length - length
-        capacity = max(prompt.num_tokens for prompt in prompts) + new_tokens
         decoder = SpeculativeDecoder(
             model,
             self.draft,
             tree=self.tree,
             rule=self.rule,
             batch_size=batch,
-            capacity=_round_capacity(model, capacity),
+            capacity=_round_capacity(model, length - min(starts) + new_tokens),
+            tokenizer=self.tokenizer,
+            draft_tokenizer=self.draft_tokenizer,
+        )
+        prompts = make_prompts(
+            model,
+            input_ids,
+            starts,
+            model_kwargs,
+            copies=generation_config.num_return_sequences or 1,
+            images=self.images,
         )
         requests = [
             Request(
@@ -252,8 +269,9 @@ class DecodingLoop:
                 translated.params(prompt.num_tokens, do_sample),
                 seed=seed,
                 eos_token_ids=tuple(eos),
+                padding_ids=tuple(row[:start].unique().tolist()),
             )
-            for prompt, seed in zip(prompts, self._seeds(batch), strict=True)
+            for prompt, seed, row, start in zip(prompts, seeds, input_ids, starts, strict=True)
         ]
         if translated.foreign:
             lengths = [prompt.num_tokens for prompt in prompts]
@@ -271,20 +289,29 @@ class DecodingLoop:
             keep_logits=returns_dict and bool(generation_config.output_logits),
         )
         run(decoder, requests, delivery, self.streamer)
+        record = replace(decoder.record(batch), drafted=tuple(map(tuple, delivery.drafted)))
+        for row, reason in enumerate(record.finish_reasons):
+            if reason == FinishReason.INVALID_LOGITS:
+                warnings.warn(
+                    f"sequence {row} ended early: the target's logits were NaN or infinite", stacklevel=2
+                )
         if not returns_dict:
             return delivery.sequences
         return SpeculativeOutput(
             sequences=delivery.sequences,
             scores=tuple(delivery.scores) if generation_config.output_scores else None,
             logits=tuple(delivery.logits) if generation_config.output_logits else None,
-            speculation=replace(decoder.record(batch), drafted=tuple(map(tuple, delivery.drafted))),
+            speculation=record,
         )
 
     def _seeds(self, batch: int) -> list[int]:
         if self.seed is None:
-            return torch.randint(2**63 - 1, (batch,), generator=self.generator).tolist()
-        if isinstance(self.seed, int):
-            return [self.seed + row for row in range(batch)]
+            device = None if self.generator is None else self.generator.device
+            return torch.randint(2**63 - 1, (batch,), generator=self.generator, device=device).tolist()
+        if isinstance(self.seed, Integral):
+            return [int(self.seed) + row for row in range(batch)]
+        if not isinstance(self.seed, Sequence) or not all(isinstance(seed, Integral) for seed in self.seed):
+            raise TypeError(f"seed must be an integer or a list of integers, got {self.seed!r}")
         seeds = [int(seed) for seed in self.seed]
         if len(seeds) != batch:
             raise ValueError(f"seed must be an integer or a list of {batch} integers, got {len(seeds)}")
@@ -339,13 +366,12 @@ def check_config(config: GenerationConfig) -> None:
 
 
 def check_leftovers(model_kwargs: dict) -> None:
-    """Raises ValueError for a model argument that nothing has used."""
+    """Raises ValueError for a model argument that nothing will use."""
     cache = model_kwargs.pop("past_key_values", None)
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError("past_key_values with content cannot be honoured: pass the whole prompt")
-    for harmless in ("use_cache", "logits_to_keep", "return_dict"):
-        model_kwargs.pop(harmless, None)
-    left = sorted(name for name, value in model_kwargs.items() if value is not None)
+    known = (*_IMAGE_ARGUMENTS, "mm_encoder_outputs", "use_cache", "logits_to_keep", "return_dict")
+    left = sorted(name for name, value in model_kwargs.items() if value is not None and name not in known)
     if left:
         raise ValueError(f"these arguments cannot be honoured: {', '.join(left)}")
 
@@ -383,32 +409,35 @@ def make_prompts(
     input_ids: torch.Tensor,
     starts: list[int],
     model_kwargs: dict,
-    copies: int,
-    pixel_values: torch.Tensor | None,
+    copies: int = 1,
+    images: dict[str, Any] | None = None,
 ) -> list[Prompt]:
     """Prompts with their images; encodes each image once however many sequences its prompt returns.
 
-    Takes ``pixel_values`` or ``mm_encoder_outputs`` and what belongs to them from ``model_kwargs``.
+    Args:
+        model: the target.
+        input_ids: ``[B, L]``, each prompt ``copies`` times in a row.
+        starts: where each prompt begins after its padding.
+        model_kwargs: ``pixel_values`` with what belongs to them, or ``mm_encoder_outputs``.
+        copies: ``num_return_sequences``, by which transformers has repeated prompts and ``model_kwargs``.
+        images: ``pixel_values`` with what belongs to them, each image once, if they came past transformers.
     """
     placeholder = image_token_id(model)
     rows = [ids[start:].to(model.device) for ids, start in zip(input_ids, starts, strict=True)]
     counts = [int((row == placeholder).sum()) for row in rows]
-    encoded = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
-    pixels = model_kwargs.pop("pixel_values", None)
-    options = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
-    options = {name: model_kwargs.pop(name) for name in options if model_kwargs.get(name) is not None}
+    given = {name: model_kwargs[name] for name in _IMAGE_ARGUMENTS if model_kwargs.get(name) is not None}
+    encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+    images = dict(images or {})
+    # The first of each run of copies is enough.
+    images |= {name: value[::copies] if torch.is_tensor(value) else value for name, value in given.items()}
+    pixel_values = images.get("pixel_values")
     if encoded is not None:
-        expanded = tuple(encoded.pooler_output)
-        groups = [expanded[first:last] for first, last in deal_images(counts, expanded)[::copies]]
-    elif pixels is not None:
-        # transformers has repeated each image; the first of each run of copies is enough.
-        check_pixel_values(model, pixels)
-        pixels = pixels[::copies]
-        if "image_sizes" in options:
-            options["image_sizes"] = options["image_sizes"][::copies]
-        images = encode_images(model, {"pixel_values": pixels, **options})
-        groups = [images[first:last] for first, last in deal_images(counts[::copies], images)]
-        pixel_values = pixels if pixel_values is None else pixel_values
+        repeated = tuple(encoded.pooler_output)
+        groups = [repeated[first:last] for first, last in deal_images(counts, repeated)[::copies]]
+    elif pixel_values is not None:
+        check_pixel_values(model, pixel_values)
+        features = encode_images(model, images)
+        groups = [features[first:last] for first, last in deal_images(counts[::copies], features)]
     else:
         for row, count in enumerate(counts):
             if count:
@@ -450,13 +479,12 @@ def _check_input_ids(target: nn.Module, kwargs: dict) -> None:
 
 def _take_stop_strings(target: nn.Module, kwargs: dict) -> tuple[dict, str | list[str] | None]:
     """Stop strings out of the arguments: transformers loses the tokenizer on the way to a custom loop."""
-    kwargs = dict(kwargs)
-    stop_strings = kwargs.pop("stop_strings", None)
-    config = kwargs.get("generation_config") or target.generation_config
-    if config.stop_strings is not None:
-        stop_strings = config.stop_strings if stop_strings is None else stop_strings
-        kwargs["generation_config"] = GenerationConfig.from_dict({**config.to_dict(), "stop_strings": None})
-    return kwargs, stop_strings
+    configs = (kwargs.get("generation_config"), target.generation_config)
+    given = [kwargs.get("stop_strings"), *(config.stop_strings for config in configs if config is not None)]
+    stop_strings = next((strings for strings in given if strings is not None), None)
+    if stop_strings is None:
+        return kwargs, None
+    return {**kwargs, "stop_strings": None}, stop_strings
 
 
 def _pad_token(config: GenerationConfig, eos: list[int]) -> int:

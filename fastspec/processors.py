@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,12 +68,15 @@ class TranslatedProcessors:
         )
 
 
-def translate(processors: LogitsProcessorList, prompt_length: int) -> TranslatedProcessors:
+def translate(
+    processors: LogitsProcessorList, prompt_length: int, eos_token_ids: Sequence[int]
+) -> TranslatedProcessors:
     """Reads the processors that ``generate`` built.
 
     Args:
         processors: the prepared list.
         prompt_length: padded length of the prompts, from which transformers counts.
+        eos_token_ids: the tokens that end a sequence, which a minimum length holds back.
 
     Raises:
         ValueError: for a processor that no speculative decoding can honour.
@@ -87,7 +91,7 @@ def translate(processors: LogitsProcessorList, prompt_length: int) -> Translated
             )
         place = _NATIVE_ORDER.index(type(processor)) if type(processor) in _NATIVE_ORDER else -1
         # Repetition penalty and minimum length commute; among the others the order counts.
-        if place <= last or not _is_native(processor):
+        if place <= last or not _is_native(processor, prompt_length, eos_token_ids):
             foreign.append(processor)
             continue
         last = place
@@ -110,11 +114,16 @@ def translate(processors: LogitsProcessorList, prompt_length: int) -> Translated
     return TranslatedProcessors(**found, foreign=tuple(foreign))
 
 
-def _is_native(processor: object) -> bool:
+def _is_native(processor: object, prompt_length: int, eos_token_ids: Sequence[int]) -> bool:
     if type(processor) not in _NATIVE_ORDER:
         return False
     if isinstance(processor, RepetitionPenaltyLogitsProcessor):
         return not isinstance(processor.prompt_ignore_length, int)
+    if isinstance(processor, (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)):
+        # A user's own may hold back other tokens or count from elsewhere.
+        counted_from = getattr(processor, "prompt_length_to_skip", prompt_length)
+        held_back = torch.as_tensor(processor.eos_token_id).flatten().tolist()
+        return counted_from == prompt_length and set(held_back) == set(eos_token_ids)
     if getattr(processor, "min_tokens_to_keep", 1) != 1:
         return False
     return getattr(processor, "filter_value", float("-inf")) == float("-inf")

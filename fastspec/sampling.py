@@ -95,7 +95,7 @@ class SamplingTensors:
             raise ValueError(f"at most {self.MAX_EOS} eos_token_ids are supported, got {len(eos_token_ids)}")
         for parameter in fields(SamplingParams):
             getattr(self, parameter.name)[row] = getattr(params, parameter.name)
-        self.seed[row] = seed
+        self.seed[row] = (seed + 2**63) % 2**64 - 2**63  # any integer, as the 64 bits of the key
         padded = [*eos_token_ids, *[-1] * (self.MAX_EOS - len(eos_token_ids))]
         self.eos_token_ids[row] = torch.tensor(padded)
 

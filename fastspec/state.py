@@ -91,8 +91,9 @@ class DecodeState:
         draft_params: SamplingParams,
         seed: int,
         eos_token_ids: Sequence[int],
+        padding_ids: Sequence[int] = (),
     ) -> None:
-        """Starts a sequence with its prompt ``[T]``."""
+        """Starts a sequence with its prompt ``[T]``; see :class:`fastspec.decoder.Request` for the rest."""
         length = input_ids.shape[0]
         self.tokens[row, :length] = input_ids
         self.num_tokens[row] = length
@@ -102,4 +103,5 @@ class DecodeState:
         self.draft_sampling.set(row, draft_params, seed, eos_token_ids)
         inside = input_ids[(input_ids >= 0) & (input_ids < self.sampling.vocab_size)]
         self.sampling.seen[row, inside] = True
+        self.sampling.seen[row, list(padding_ids)] = True
         self.tree_tokens[row, 0] = input_ids[-1]

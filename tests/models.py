@@ -52,7 +52,7 @@ def tiny_llava(
         vision_feature_layer=-1,
     )
     model = LlavaForConditionalGeneration(config).eval()
-    return _sharpen(model)
+    return sharpen(model)
 
 
 def tiny_llama(
@@ -72,10 +72,11 @@ def tiny_llama(
             **text,
         }
     )
-    return _sharpen(LlamaForCausalLM(config).eval())
+    return sharpen(LlamaForCausalLM(config).eval())
 
 
-def _sharpen(model):
+def sharpen(model):
+    """Random weights of a size that gives greedy choices margins."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

@@ -70,16 +70,15 @@ def table_decoder(
 ) -> SpeculativeDecoder:
     """A SpeculativeDecoder over tables, for any batch size."""
     self = SpeculativeDecoder.__new__(SpeculativeDecoder)
-    self.model = None
     self.target = TableTransformer(target)
     self.draft = None if draft is None else TableDraft(draft)
     self.tree, self.rule = tree, rule
     self.batch_size, self.capacity = batch_size, len(target)
     self.state = DecodeState(batch_size, self.capacity, tree, self.target.vocab_size, self.target.device)
     self.cache = self.target.new_cache(batch_size, self.capacity)
-    if self.draft is not None:
-        self.draft.allocate(batch_size, self.capacity, tree, self.target.vocab_size, rule)
     shape = (batch_size, self.target.vocab_size, rule, self.target.device)
+    if self.draft is not None:
+        self.draft.allocate(batch_size, self.capacity, tree, *shape[1:])
     self._verifier, self._first_verifier = Verifier(tree, *shape), Verifier(DraftTree.chain(0), *shape)
     self.logits_hook = self.last_logits = self.last_path = None
     return self

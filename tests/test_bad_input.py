@@ -12,23 +12,33 @@ from models import (
     tiny_llava,
 )
 from PIL import Image
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import CLIPVisionModel, StoppingCriteria, StoppingCriteriaList
 
 import fastspec
 from fastspec import DraftTree, SpeculativeDecoder
 from fastspec.draft import NgramDraft
 from fastspec.images import load_image
+from fastspec.model.transformer import DecodeTransformer
 
 TARGET = tiny_llava()
 TEXT = tiny_llama()
 CLONE = noisy_clone(TARGET)
 
 
-def refused(error, message, target=TARGET, draft=TEXT, inputs=None, **arguments):
+def refused(error, message, target=TARGET, draft=TEXT, inputs=None, sees=False, **arguments):
+    """The call raises, before a language model has run and, unless it ``sees``, a vision tower."""
+
+    def work(*_, **__):
+        pytest.fail("work was done")
+
     inputs = picture_inputs() if inputs is None else inputs
     arguments.setdefault("max_new_tokens", 4)
-    with pytest.raises(error, match=message):
-        fastspec.generate(target, draft=draft, **inputs, **arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodeTransformer, "_run", work)
+        if not sees:
+            patch.setattr(CLIPVisionModel, "forward", work)
+        with pytest.raises(error, match=message):
+            fastspec.generate(target, draft=draft, **inputs, **arguments)
 
 
 def test_no_draft_or_the_wrong_kind_of_model():
@@ -119,13 +129,14 @@ def test_images_and_placeholders_that_do_not_match():
     without = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     refused(ValueError, "prompt 0 has 4 image placeholders but no pixel_values were passed", inputs=without)
     two = {**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}
-    refused(ValueError, "2 images were passed but the prompts have placeholders for 1", inputs=two)
+    refused(ValueError, "2 images were passed but the prompts have placeholders for 1", inputs=two, sees=True)
     ids = inputs["input_ids"].clone()
     ids[0, 4] = 9
     refused(
         ValueError,
         r"prompt 0 has 3 image placeholders, which its images do not fill: 1 images .* with \[4\] features each",
         inputs={**inputs, "input_ids": ids},
+        sees=True,
     )
 
 
@@ -171,7 +182,7 @@ def test_pixel_values_of_the_wrong_shape(pixels, error, message):
         ),
         (
             {"draft": "ngram", "tree": DraftTree.kary((2,))},
-            "draft='ngram' proposes a chain, got a tree of 3 nodes",
+            "this draft proposes a chain, got a tree of 3 nodes",
         ),
         ({"seed": [1, 2]}, "seed must be an integer or a list of 1 integers, got 2"),
     ],
@@ -284,9 +295,7 @@ def test_an_image_draft_without_pixels_is_said_before_any_work(monkeypatch):
     from fastspec.generation import make_prompts
 
     inputs = picture_inputs()
-    prompts = make_prompts(
-        TARGET, inputs["input_ids"], [0], {"mm_encoder_outputs": {"image": features}}, 1, None
-    )
+    prompts = make_prompts(TARGET, inputs["input_ids"], [0], {"mm_encoder_outputs": {"image": features}})
     from fastspec.decoder import Request
 
     with pytest.raises(ValueError, match="an image draft needs pixel_values, got image features only"):

@@ -478,9 +478,7 @@ def test_decoder_is_reusable_and_streams():
     decoder = SpeculativeDecoder(TARGET, CLONE, gamma=3, batch_size=2, capacity=64)
     for batch in (2, 1, 2):
         inputs = picture_inputs(batch, seed=batch)
-        prompts = make_prompts(
-            TARGET, inputs["input_ids"], [0] * batch, dict(inputs), copies=1, pixel_values=None
-        )
+        prompts = make_prompts(TARGET, inputs["input_ids"], [0] * batch, dict(inputs))
         tokens = [[] for _ in range(batch)]
         for commitment in decoder.stream(
             [

@@ -26,7 +26,7 @@ def make_draft(draft: object) -> Draft:
         return NgramDraft()
     if is_multimodal(draft):
         return ImageDraft(draft)
-    if isinstance(draft, nn.Module) and hasattr(draft, "lm_head"):
+    if isinstance(draft, nn.Module) and hasattr(draft, "lm_head") and hasattr(draft, "config"):
         return TextDraft(draft)
     given = "none" if draft is None else repr(draft) if isinstance(draft, str) else type(draft).__name__
     raise TypeError(

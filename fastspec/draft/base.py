@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
+
 from fastspec.model.vision import Prompt
 from fastspec.state import DecodeState
 from fastspec.tree import DraftTree
@@ -15,11 +17,21 @@ class Draft(ABC):
 
     #: Whether it knows no law q of its tokens, so that only target-only verification is exact.
     deterministic: bool = False
+    #: Whether it can only propose chains.
+    chains_only: bool = False
     #: Bytes of weights that one of its passes reads.
     num_bytes: int = 0
 
     @abstractmethod
-    def allocate(self, batch_size: int, capacity: int, tree: DraftTree, vocab_size: int, rule: Rule) -> None:
+    def allocate(
+        self,
+        batch_size: int,
+        capacity: int,
+        tree: DraftTree,
+        vocab_size: int,
+        rule: Rule,
+        device: torch.device,
+    ) -> None:
         """Makes its buffers.
 
         Args:
@@ -28,6 +40,7 @@ class Draft(ABC):
             tree: the shape of what it proposes.
             vocab_size: the target's vocabulary.
             rule: how its tokens will be accepted, which decides how they are best drawn.
+            device: where the decoder's state is.
         """
 
     def check(self, prompt: Prompt) -> None:  # noqa: B027, most drafts read every prompt

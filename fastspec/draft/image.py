@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -10,16 +12,22 @@ from fastspec.model.vision import Prompt, check_pixel_values, encode_images
 
 
 class ImageDraft(TextDraft):
-    """A LLaVA-shaped draft. Its image tokens need not be as many as the target's.
+    """A LLaVA-shaped draft. Its image tokens need not be as many as the target's, but not more.
 
     Args:
-        model: a ``LlavaForConditionalGeneration`` or another supported LLaVA-shaped model.
+        model: a ``LlavaForConditionalGeneration`` or another supported LLaVA-shaped model that needs nothing
+            but pixels.
 
     Raises:
         ValueError: for an architecture that is not supported.
     """
 
     def __init__(self, model: nn.Module):
+        sizes = inspect.signature(model.model.get_image_features).parameters.get("image_sizes")
+        if sizes is not None and sizes.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"a draft that cuts images into tiles is not supported, got model_type {model.config.model_type!r}"
+            )
         super().__init__(model)
         self._model = model
 
@@ -31,13 +39,19 @@ class ImageDraft(TextDraft):
                 "an image draft needs pixel_values, got image features only: call fastspec.generate, or bind "
                 "them with fastspec.custom_generate(draft=..., pixel_values=...)"
             )
-        check_pixel_values(self._model, prompt.pixel_values)
+        check_pixel_values(self._model, prompt.pixel_values, "the draft's pixel_values")
 
     def prompt_embeddings(self, prompt: Prompt) -> torch.Tensor:
         if not prompt.images:
             return super().prompt_embeddings(prompt)
         images = encode_images(self._model, {"pixel_values": prompt.pixel_values})
-        return torch.cat(list(self._pieces(prompt, images)))
+        embeddings = torch.cat(list(self._pieces(prompt, images)))
+        if len(embeddings) > prompt.num_tokens:
+            raise ValueError(
+                f"the draft's image tokens make its prompt {len(embeddings)} tokens long, longer than the "
+                f"target's {prompt.num_tokens}"
+            )
+        return embeddings
 
     def _pieces(self, prompt: Prompt, images: tuple[torch.Tensor, ...]):
         """Text runs and images in order; each image stands where the target's first feature of it stood."""

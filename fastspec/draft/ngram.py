@@ -22,18 +22,23 @@ class NgramDraft(Draft):
     """
 
     deterministic = True
+    chains_only = True
 
     def __init__(self, max_ngram: int = 3):
         if max_ngram < 1:
             raise ValueError(f"max_ngram must be at least 1, got {max_ngram}")
         self.max_ngram = max_ngram
 
-    def allocate(self, batch_size: int, capacity: int, tree: DraftTree, vocab_size: int, rule: Rule) -> None:
-        if not tree.is_chain:
-            raise ValueError(
-                f"draft='ngram' proposes a chain, got a tree of {tree.num_nodes} nodes with siblings"
-            )
-        self._image_token_ids = [-1] * batch_size
+    def allocate(
+        self,
+        batch_size: int,
+        capacity: int,
+        tree: DraftTree,
+        vocab_size: int,
+        rule: Rule,
+        device: torch.device,
+    ) -> None:
+        self._image_token_ids = torch.full((batch_size, 1), -1, device=device)
 
     def prefill(self, row: int, prompt: Prompt) -> None:
         self._image_token_ids[row] = prompt.image_token_id
@@ -41,7 +46,7 @@ class NgramDraft(Draft):
     def propose(self, state: DecodeState) -> None:
         tokens, length = state.tokens, state.num_tokens[:, None]
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        image = torch.tensor(self._image_token_ids, device=tokens.device)[:, None]
+        image = self._image_token_ids
 
         # matched[b, i]: how many tokens ending at i equal as many ending at the root, up to max_ngram.
         matched = torch.zeros_like(tokens)

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastspec.draft.base import Draft
 from fastspec.model.cache import CacheView
-from fastspec.model.transformer import DecodeTransformer
+from fastspec.model.transformer import DecodeTransformer, check_text_model
 from fastspec.model.vision import Prompt, text_stack
 from fastspec.ops import Proposer
 from fastspec.state import DecodeState
@@ -31,11 +31,19 @@ class TextDraft(Draft):
     """
 
     def __init__(self, model: nn.Module):
+        check_text_model(model.config.get_text_config())
         self.transformer = DecodeTransformer(*text_stack(model))
         self.num_bytes = self.transformer.num_bytes
 
-    def allocate(self, batch_size: int, capacity: int, tree: DraftTree, vocab_size: int, rule: Rule) -> None:
-        device = self.transformer.device
+    def allocate(
+        self,
+        batch_size: int,
+        capacity: int,
+        tree: DraftTree,
+        vocab_size: int,
+        rule: Rule,
+        device: torch.device,
+    ) -> None:
         window = tree.max_depth + 1
         self._tree = tree
         self._proposer = Proposer(tree, batch_size, vocab_size, rule, device)

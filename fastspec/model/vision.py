@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +66,7 @@ def image_token_id(model: nn.Module) -> int:
     return config.image_token_index if token_id is None else token_id
 
 
-def check_pixel_values(model: nn.Module, pixel_values: torch.Tensor) -> None:
+def check_pixel_values(model: nn.Module, pixel_values: torch.Tensor, name: str = "pixel_values") -> None:
     """Raises before the vision tower runs where the images cannot be the processor's.
 
     Raises:
@@ -74,7 +75,7 @@ def check_pixel_values(model: nn.Module, pixel_values: torch.Tensor) -> None:
     """
     if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
         raise TypeError(
-            f"pixel_values must be a floating-point tensor, got {_describe(pixel_values)}; "
+            f"{name} must be a floating-point tensor, got {_describe(pixel_values)}; "
             "pass what the model's processor returns"
         )
     size = getattr(getattr(model.config, "vision_config", None), "image_size", None)
@@ -84,25 +85,29 @@ def check_pixel_values(model: nn.Module, pixel_values: torch.Tensor) -> None:
         expected = f"[images, 3, {size}, {size}]" if bound else "[images, 3, height, width]"
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != 3 or (bound and shape[2:] != (size, size)):
-            raise ValueError(f"pixel_values must have shape {expected}, got {list(shape)}")
+            raise ValueError(f"{name} must have shape {expected}, got {list(shape)}")
 
 
-def encode_images(model: nn.Module, model_kwargs: dict) -> tuple[torch.Tensor, ...]:
+def encode_images(model: nn.Module, images: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     """Image features by transformers' own vision tower and projector.
 
     Args:
         model: a LLaVA-shaped model.
-        model_kwargs: ``pixel_values`` and what belongs to it (``image_sizes``, ...).
+        images: ``pixel_values`` and what belongs to them (``image_sizes``, ...).
 
     Returns:
         One ``[T_i, hidden]`` tensor per image.
+
+    Raises:
+        ValueError: for an argument that the model's encoder does not take.
     """
     encode = model.model.get_image_features
-    accepted = {
-        name: model_kwargs[name] for name in inspect.signature(encode).parameters if name in model_kwargs
-    }
-    accepted["pixel_values"] = accepted["pixel_values"].to(model.device)
-    return tuple(encode(**accepted, return_dict=True).pooler_output)
+    unknown = sorted(set(images) - set(inspect.signature(encode).parameters))
+    if unknown:
+        raise ValueError(f"{model.config.model_type} does not take these arguments: {', '.join(unknown)}")
+    pixel_values = images["pixel_values"].to(model.device)
+    with torch.no_grad():
+        return tuple(encode(**{**images, "pixel_values": pixel_values}, return_dict=True).pooler_output)
 
 
 def deal_images(placeholder_counts: list[int], images: tuple[torch.Tensor, ...]) -> list[tuple[int, int]]:

@@ -75,7 +75,9 @@ def _stack(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     rows = sum(parameter.shape[0] for parameter in parameters)
     if _adjacent(parameters):
         return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
-    stacked = torch.cat([parameter.data for parameter in parameters])
+    # Else a model first used in inference mode could never be trained again.
+    with torch.inference_mode(False):
+        stacked = torch.cat([parameter.data for parameter in parameters])
     for parameter, part in zip(parameters, stacked.split([p.shape[0] for p in parameters]), strict=True):
         parameter.data = part
     return stacked
