@@ -38,9 +38,10 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*
+	@failed=0; \
+	for check in "ruff check ." "ruff format --check ." "clang-format --dry-run -Werror csrc/*"; do \
+		echo "$$check"; $(BIN)/$$check || failed=1; \
+	done; exit $$failed
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
