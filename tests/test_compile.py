@@ -45,29 +45,35 @@ def resources(log):
         yield name, registers, spills, stack
 
 
-def test_cuda_kernels_have_no_warnings_and_no_spills(tmp_path):
+def run(*command):
+    """Output of a command that must succeed."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def configure(folder, architectures):
+    """Prepares a strict build in the folder; returns the path of cmake. Skips the test where a tool is missing."""
     compiler = nvcc()
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is missing: pip install '.[build]'")
     cmake = build_tool("cmake", "cmake", "CMAKE_BIN_DIR")
     ninja = build_tool("ninja", "ninja", "BIN_DIR")
-
-    def run(*command):
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
     run(
         cmake,
-        *("-G", "Ninja", "-S", ROOT, "-B", tmp_path),
+        *("-G", "Ninja", "-S", ROOT, "-B", folder),
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
         f"-DCMAKE_CUDA_COMPILER={compiler}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        "-DFASTSPEC_CUDA_ARCHS=90a",
+        f"-DFASTSPEC_CUDA_ARCHS={architectures}",
         "-DFASTSPEC_WERROR=ON",
         "-DFASTSPEC_PTXAS_REPORT=ON",
     )
-    log = run(cmake, "--build", tmp_path)
+    return cmake
+
+
+def test_cuda_kernels_have_no_warnings_and_no_spills(tmp_path):
+    log = run(configure(tmp_path, "90a"), "--build", tmp_path)
     kernels = list(resources(log))
     for stem in ("verify", "propose"):
         assert any(f"{stem}_kernel" in name for name, *_ in kernels), log
@@ -75,6 +81,13 @@ def test_cuda_kernels_have_no_warnings_and_no_spills(tmp_path):
         assert registers <= MAX_REGISTERS, name
         assert spills == 0, f"{name} spills {spills} bytes"
         assert stack == 0, f"{name} keeps {stack} bytes in local memory"
+
+
+def test_the_module_knows_its_architectures(tmp_path):
+    # The list has semicolons, which mean something to CMake and to the shell.
+    cmake, bindings = configure(tmp_path, "80;90a"), Path("CMakeFiles", "_C.dir", "csrc", "bindings.cpp.o")
+    run(cmake, "--build", tmp_path, "--target", bindings)
+    assert b"\x0080;90a\x00" in (tmp_path / bindings).read_bytes()
 
 
 def test_triton_kernels_compile_without_spills(tmp_path):
