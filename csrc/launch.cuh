@@ -3,6 +3,10 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
+#include "params.h"
+
 namespace fastspec {
 
 // Allows the kernel its shared memory and the largest clusters; returns a CUDA error code.
@@ -30,6 +34,26 @@ struct GroupLaunch {
   }
   GroupLaunch(const GroupLaunch&) = delete;  // the configuration points at the attribute
 };
+
+// Every block of a group must have something to tell the others in every turn (group.cuh).
+inline int usable_group(int size, int num_shares) {
+  while (size > num_shares) size /= 2;
+  return size;
+}
+
+// Calls launch(type) with the element type as a constant.
+template <typename Launch>
+int for_type(LogitType type, Launch launch) {
+  switch (type) {
+    case LogitType::kFloat:
+      return launch(std::integral_constant<LogitType, LogitType::kFloat>());
+    case LogitType::kBfloat16:
+      return launch(std::integral_constant<LogitType, LogitType::kBfloat16>());
+    case LogitType::kHalf:
+      return launch(std::integral_constant<LogitType, LogitType::kHalf>());
+  }
+  return cudaErrorInvalidValue;
+}
 
 // The largest group that the current device can run of a kernel, at most 16.
 template <typename Kernel>

@@ -21,7 +21,7 @@ enum class Rule : int {
 };
 
 // Where a verification stands when it notes the clock.
-enum class Mark : int { kStart = 0, kRead = 1, kStatistics = 2, kTests = 3, kEnd = 4 };
+enum class Mark : int { kStart = 0, kRead = 1, kStatistics = 2, kWalk = 3, kEnd = 4 };
 constexpr int kNumMarks = 5;
 
 // Per-sequence sampling parameters, [B] each unless said.

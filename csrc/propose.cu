@@ -21,17 +21,25 @@ constexpr int kPiece = 128;  // tokens of a warp, four per lane
 constexpr int kMaxPieces = kMaxVocab / kPiece;
 constexpr int kMaxGroup = 16;
 
+// The maximum of a warp's pieces.
+struct alignas(8) Maximum {
+  float value;
+  bool bad;  // the row is no law
+};
+
 struct Shared {
+  Exchange exchange;
   ThresholdScratch scratch;
   RowStats stats;
-  float maxima[kMaxGroup * kWarps];  // NaN: the row is no law
+  Maximum maxima[kMaxGroup * kWarps];
   Best winners[2][kMaxPieces];
   Penalties penalties;
 };
 
 // One row of one sequence; what all threads of the group agree on.
+template <LogitType kType>
 struct Task {
-  Row row;
+  Row<kType> row;
   Law law;
   NoiseKey key;
   float* log_weights;  // [V]
@@ -46,17 +54,19 @@ __device__ __forceinline__ bool is_bad(float4 x) {
 }
 
 // Four neighbouring logits as the draft's law sees them.
-__device__ __forceinline__ float4 load(const Task& task, const Penalties& penalties, int first) {
+template <LogitType kType>
+__device__ __forceinline__ float4 load(const Task<kType>& task, const Penalties& penalties, int first) {
   if (task.uniform) {
     const auto score = [&](int token) { return token < task.vocab_size ? 0.0f : -kInfinity; };
     return {score(first), score(first + 1), score(first + 2), score(first + 3)};
   }
-  const float4 x = task.row.decode(task.row.fetch(first, task.row.aligned()));
+  const float4 x = task.row.load(first, task.row.vectors());
   return penalties.touch(task.depth) ? penalise(x, penalties, first, task.node, task.depth, task.row.vocab_size) : x;
 }
 
 // What the children are ranked by: the race w / e, or the logit itself; -inf where a token cannot be proposed.
-__device__ __forceinline__ float4 rank(const Task& task, const RowStats& stats, float4 x, int first) {
+template <LogitType kType>
+__device__ __forceinline__ float4 rank(const Task<kType>& task, const RowStats& stats, float4 x, int first) {
   if (!task.noisy) return x;
   const float scale = task.law.scale;
   const float4 w = {stats.weight(scale, x.x), stats.weight(scale, x.y), stats.weight(scale, x.z),
@@ -68,7 +78,9 @@ __device__ __forceinline__ float4 rank(const Task& task, const RowStats& stats, 
 }
 
 // The law as log-weights; of a greedy law all but `argmax` are gone.
-__device__ __forceinline__ void write_law(const Task& task, const RowStats& stats, float4 x, int first, int argmax) {
+template <LogitType kType>
+__device__ __forceinline__ void write_law(const Task<kType>& task, const RowStats& stats, float4 x, int first,
+                                          int argmax) {
   constexpr float kLn2 = 0.6931471805599453f;
   const auto value = [&](float logit, int token) {
     if (task.law.greedy) return token == argmax ? 0.0f : -kInfinity;
@@ -97,20 +109,20 @@ __device__ __forceinline__ void for_each_piece(int num_pieces, Visit visit) {
 }
 
 // The maximum and validity of the row over the group, or its threshold by the group's first block.
-__device__ __forceinline__ RowStats group_statistics(Shared& shared, const Task& task, int num_pieces) {
+template <LogitType kType>
+__device__ __forceinline__ RowStats group_statistics(Shared& shared, const Task<kType>& task, int num_pieces) {
   if (task.law.cuts()) {
-    RowStats stats = {};
+    if (threadIdx.x == 0) shared.exchange.expect(0, sizeof(RowStats));
     if (group_rank() == 0) {
-      const BlockRow row = {task.row, &shared.penalties, task.node, task.depth};
-      stats = cut_statistics(row, task.law, shared.scratch);
+      const BlockRow<kType> row = {task.row, &shared.penalties, task.node, task.depth};
+      const RowStats stats = cut_statistics(row, task.law, shared.scratch);
+      if (warp_index() == 0) Broadcast<RowStats>(&shared.stats, shared.exchange, 0).store(0, stats);
     }
-    group_wait();
-    if (group_rank() == 0 && static_cast<int>(threadIdx.x) < group_size()) {
-      *in_block(&shared.stats, threadIdx.x) = stats;
-    }
-    group_sync();
+    shared.exchange.wait(0);
     return shared.stats;
   }
+  const int num_warps = kWarps * group_size();
+  if (threadIdx.x == 0) shared.exchange.expect(0, num_warps * static_cast<int>(sizeof(Maximum)));
   float maximum = -kInfinity;
   bool bad = false;
   for_each_piece(num_pieces, [&](int, int first) {
@@ -118,28 +130,25 @@ __device__ __forceinline__ RowStats group_statistics(Shared& shared, const Task&
     bad |= is_bad(x);
     maximum = fmaxf(maximum, fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)));
   });
-  maximum = warp_max(maximum);
-  if (__any_sync(kAllLanes, bad)) maximum = NAN;
-  group_wait();
-  if (lane_index() < group_size()) {
-    *in_block(&shared.maxima[group_rank() * kWarps + warp_index()], lane_index()) = maximum;
-  }
-  group_sync();
+  const Maximum mine = {warp_max(maximum), __any_sync(kAllLanes, bad) != 0};
+  Broadcast<Maximum>(shared.maxima, shared.exchange, 0).store(group_rank() * kWarps + warp_index(), mine);
+  shared.exchange.wait(0);
   maximum = -kInfinity;
   bad = false;
-  for (int i = lane_index(); i < kWarps * group_size(); i += 32) {
-    bad |= isnan(shared.maxima[i]);
-    maximum = fmaxf(maximum, shared.maxima[i]);
+  for (int i = lane_index(); i < num_warps; i += 32) {
+    bad |= shared.maxima[i].bad;
+    maximum = fmaxf(maximum, shared.maxima[i].value);
   }
   maximum = warp_max(maximum);
   bad = __any_sync(kAllLanes, bad);
   return {maximum, -kInfinity, 0.0f, 0.0f, 0, !bad && maximum > -kInfinity};
 }
 
+template <LogitType kType>
 __global__ void __launch_bounds__(kThreads, 1) propose_kernel(const __grid_constant__ ProposeParams params) {
   extern __shared__ __align__(16) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  group_arrive();
+  shared.exchange.arrive();
   const int group = static_cast<int>(blockIdx.x) / group_size();
   const int sequence = group / params.num_rows, row = group % params.num_rows;
   const SamplingParams& sampling = params.sampling;
@@ -159,12 +168,10 @@ __global__ void __launch_bounds__(kThreads, 1) propose_kernel(const __grid_const
   }
   const int node = params.tree[params.first_inner + row].inner_node;
   const TreeNode place = params.tree[node];
-  const int element_size = params.logit_type == LogitType::kFloat ? 4 : 2;
   const int64_t source = static_cast<int64_t>(sequence) * params.num_rows + row;
   const int64_t target = static_cast<int64_t>(sequence) * params.num_inner + params.first_inner + row;
-  Task task;
-  task.row = {static_cast<const char*>(params.logits) + source * params.logits_stride * element_size,
-              params.logit_type, min(params.draft_vocab_size, params.vocab_size)};
+  Task<kType> task = {
+      {params.logits, source * params.logits_stride, min(params.draft_vocab_size, params.vocab_size)}};
   task.law = load_law(sampling, sequence, params.vocab_size);
   task.key = params.rule == Rule::kDrafterInvariant
                  ? noise_key(sampling.seed[sequence], position + params.level, Stream::kCoupled, 0)
@@ -175,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 1) propose_kernel(const __grid_const
   task.depth = params.level;
   task.noisy = !task.law.greedy && params.rule != Rule::kTargetOnly;
   task.uniform = false;
-  __syncthreads();
+  shared.exchange.meet();
 
   const int num_pieces = (params.vocab_size + kPiece - 1) / kPiece;
   RowStats stats = group_statistics(shared, task, num_pieces);
@@ -192,7 +199,10 @@ __global__ void __launch_bounds__(kThreads, 1) propose_kernel(const __grid_const
   int64_t* children = params.tokens + sequence * params.tokens_stride + place.first_child;
 #pragma unroll 1
   for (int child = 0; child < place.num_children; ++child) {
-    Best* winners = shared.winners[child & 1];
+    const int turn = child + 1;
+    Best* winners = shared.winners[turn & 1];
+    const Broadcast<Best> out(winners, shared.exchange, turn);
+    if (threadIdx.x == 0) shared.exchange.expect(turn, num_pieces * static_cast<int>(sizeof(Best)));
     for_each_piece(num_pieces, [&](int piece, int first) {
       if (child == 0 || !keeps_scores) {
         const float4 x = load(task, shared.penalties, first);
@@ -206,10 +216,9 @@ __global__ void __launch_bounds__(kThreads, 1) propose_kernel(const __grid_const
         const bool drawn = ranked[i] > last.score || (ranked[i] == last.score && first + i <= last.token);
         if (!drawn) best = better(best, {ranked[i], first + i});
       }
-      best = warp_best(best);
-      if (lane_index() < group_size()) *in_block(&winners[piece], lane_index()) = best;
+      out.store(piece, warp_best(best));
     });
-    group_sync();
+    shared.exchange.wait(turn);
     Best best = {-kInfinity, params.vocab_size};
     for (int piece = lane_index(); piece < num_pieces; piece += 32) best = better(best, winners[piece]);
     last = warp_best(best);
@@ -218,18 +227,25 @@ __global__ void __launch_bounds__(kThreads, 1) propose_kernel(const __grid_const
     }
     if (group_rank() == 0 && threadIdx.x == 0) children[child] = last.score > -kInfinity ? last.token : -1;
   }
-  // The last barrier stood behind the last write into another block's memory: blocks may leave as they are done.
+  // This block has got all that others send to it, so it may leave.
 }
 
 }  // namespace
 
 int propose(const ProposeParams& params, void* stream) {
-  static const cudaError_t prepared = prepare_groups(propose_kernel, sizeof(Shared));
-  if (prepared != cudaSuccess) return prepared;
-  const GroupLaunch launch(params.batch_size * params.num_rows, params.cluster_size, kThreads, sizeof(Shared), stream);
-  return cudaLaunchKernelEx(&launch.config, propose_kernel, params);
+  return for_type(params.logit_type, [&](auto type) -> int {
+    const auto kernel = propose_kernel<decltype(type)::value>;
+    static const cudaError_t prepared = prepare_groups(kernel, sizeof(Shared));
+    if (prepared != cudaSuccess) return prepared;
+    const int groups = params.batch_size * params.num_rows;
+    const int size = usable_group(params.cluster_size, (params.vocab_size + kPiece - 1) / kPiece);
+    const GroupLaunch launch(groups, size, kThreads, sizeof(Shared), stream);
+    return cudaLaunchKernelEx(&launch.config, kernel, params);
+  });
 }
 
-int max_propose_group() { return max_group_size(propose_kernel, kThreads, sizeof(Shared)); }
+int max_propose_group() {
+  return max_group_size(propose_kernel<LogitType::kFloat>, kThreads, sizeof(Shared));
+}
 
 }  // namespace fastspec

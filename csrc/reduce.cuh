@@ -34,7 +34,7 @@ __device__ __forceinline__ T warp_sum(T value) {
 }
 
 // A score and the token it belongs to; the larger score wins, the lower id among equals.
-struct Best {
+struct alignas(8) Best {
   float score;
   int token;
 };

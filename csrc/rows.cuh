@@ -61,7 +61,7 @@ struct Penalties {
 };
 
 // Four logits from token `first` on, in the row of a node, after its prefix has changed them. A call of its own, as
-// fetch_tail below: most rows need neither, and a launch of microseconds waits for every instruction it has to fetch.
+// load_singly below: most rows need neither, and a launch of microseconds waits for every instruction it has to fetch.
 static __device__ __noinline__ float4 penalise(float4 x, const Penalties& penalties, int first, int node, int depth,
                                                int vocab_size) {
   uint32_t repeated = 0, barred = 0;  // bit i: token first + i
@@ -88,109 +88,115 @@ static __device__ __noinline__ float4 penalise(float4 x, const Penalties& penalt
   return {change(x.x, 1), change(x.y, 2), change(x.z, 4), change(x.w, 8)};
 }
 
-// Four logits as they lie in memory; of 16-bit types only x and y are used.
-using Raw = uint4;
-
-// Four logits one by one, from an unaligned row or from the end of one: beyond it come -inf.
-static __device__ __noinline__ Raw fetch_tail(const void* logits, LogitType type, int first, int vocab_size) {
-  uint32_t x[4];
-  const uint32_t nothing = type == LogitType::kFloat ? 0xff800000u : type == LogitType::kBfloat16 ? 0xff80u : 0xfc00u;
+// Four logits one by one, from a row that is no multiple of vectors: beyond its end come -inf.
+template <LogitType kType>
+static __device__ __noinline__ float4 load_singly(const void* logits, int first, int vocab_size) {
+  float x[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    x[i] = nothing;
-    if (first + i < vocab_size) {
-      x[i] = type == LogitType::kFloat ? static_cast<const uint32_t*>(logits)[first + i]
-                                       : static_cast<const uint16_t*>(logits)[first + i];
+    x[i] = -kInfinity;
+    if (first + i >= vocab_size) continue;
+    if constexpr (kType == LogitType::kFloat) x[i] = static_cast<const float*>(logits)[first + i];
+    if constexpr (kType == LogitType::kBfloat16) {
+      x[i] = __bfloat162float(static_cast<const __nv_bfloat16*>(logits)[first + i]);
     }
+    if constexpr (kType == LogitType::kHalf) x[i] = __half2float(static_cast<const __half*>(logits)[first + i]);
   }
-  if (type == LogitType::kFloat) return {x[0], x[1], x[2], x[3]};
-  return {x[0] | x[1] << 16, x[2] | x[3] << 16, 0, 0};
+  return {x[0], x[1], x[2], x[3]};
 }
 
-// One row of logits in any of the element types; a branch on the type is uniform over the launch.
+// One row of logits.
+template <LogitType kType>
 struct Row {
-  const void* logits;
-  LogitType type;
+  static constexpr int kElementSize = kType == LogitType::kFloat ? 4 : 2;
+
+  const char* logits;
   int vocab_size;
 
+  __device__ __forceinline__ Row(const void* matrix, int64_t element, int vocab_size)
+      : logits(static_cast<const char*>(matrix) + element * kElementSize), vocab_size(vocab_size) {}
+
   __device__ __forceinline__ float operator[](int token) const {
-    if (type == LogitType::kFloat) return static_cast<const float*>(logits)[token];
-    if (type == LogitType::kBfloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(logits)[token]);
-    return __half2float(static_cast<const __half*>(logits)[token]);
+    if constexpr (kType == LogitType::kFloat) return reinterpret_cast<const float*>(logits)[token];
+    if constexpr (kType == LogitType::kBfloat16) {
+      return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(logits)[token]);
+    }
+    if constexpr (kType == LogitType::kHalf) return __half2float(reinterpret_cast<const __half*>(logits)[token]);
   }
 
-  // Whether vectors of four logits are aligned.
-  __device__ __forceinline__ bool aligned() const {
-    return reinterpret_cast<uintptr_t>(logits) % (type == LogitType::kFloat ? 16 : 8) == 0;
+  // Whether the row is made of aligned vectors of four logits.
+  __device__ __forceinline__ bool vectors() const {
+    return (reinterpret_cast<uintptr_t>(logits) % (4 * kElementSize) | vocab_size % 4) == 0;
   }
 
   // Four logits from `first` on; beyond the vocabulary come -inf.
-  __device__ __forceinline__ Raw fetch(int first, bool vector) const {
-    if (!vector || first + 4 > vocab_size) return fetch_tail(logits, type, first, vocab_size);
-    if (type == LogitType::kFloat) return *reinterpret_cast<const uint4*>(static_cast<const float*>(logits) + first);
-    const uint2 bits = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(logits) + first);
-    return {bits.x, bits.y, 0, 0};
-  }
-
-  __device__ __forceinline__ float4 decode(Raw raw) const {
-    if (type == LogitType::kFloat) {
-      return {__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z), __uint_as_float(raw.w)};
+  __device__ __forceinline__ float4 load(int first, bool vector) const {
+    if (!vector) return load_singly<kType>(logits, first, vocab_size);
+    float4 x = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
+    if (first >= vocab_size) return x;
+    if constexpr (kType == LogitType::kFloat) return *reinterpret_cast<const float4*>(logits + 4 * first);
+    const uint2 bits = *reinterpret_cast<const uint2*>(logits + 2 * first);
+    if constexpr (kType == LogitType::kBfloat16) {
+      return {__uint_as_float(bits.x << 16), __uint_as_float(bits.x & 0xffff0000u), __uint_as_float(bits.y << 16),
+              __uint_as_float(bits.y & 0xffff0000u)};
     }
-    if (type == LogitType::kBfloat16) {
-      return {__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16),
-              __uint_as_float(raw.y & 0xffff0000u)};
-    }
-    const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
-    const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
+    const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&bits.x));
+    const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&bits.y));
     return {low.x, low.y, high.x, high.y};
   }
 };
+
+using DraftRow = Row<LogitType::kFloat>;
 
 // The first of the four tokens that this lane holds in vector j of a tile.
 __device__ __forceinline__ int lane_token(int tile, int j) { return tile * kTile + j * 128 + lane_index() * 4; }
 
 // Statistics of one tile of a row: its maximum, and its mass relative to that (or, for a greedy law, the bits of
 // the first token that has it). A NaN mass (a negative token) marks a NaN or +inf among the logits.
-struct TileStats {
+struct alignas(8) TileStats {
   float maximum;
   float mass;
 };
 
-__device__ __forceinline__ TileStats tile_statistics(const float4 (&x)[kVectors], const Law& law, int tile,
-                                                     int vocab_size) {
+__device__ __forceinline__ float tile_maximum(const float4 (&x)[kVectors]) {
   float top = -kInfinity;
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) top = fmaxf(top, fmaxf(fmaxf(x[j].x, x[j].y), fmaxf(x[j].z, x[j].w)));
-  top = warp_max(top);
-  if (law.greedy) {
-    int token = vocab_size;
-    bool bad = false;
-#pragma unroll
-    for (int j = kVectors - 1; j >= 0; --j) {
-      const int first = lane_token(tile, j);
-      if (x[j].w == top) token = first + 3;
-      if (x[j].z == top) token = first + 2;
-      if (x[j].y == top) token = first + 1;
-      if (x[j].x == top) token = first;
-      bad |= !(x[j].x < kInfinity) | !(x[j].y < kInfinity) | !(x[j].z < kInfinity) | !(x[j].w < kInfinity);
-    }
-    token = __reduce_min_sync(kAllLanes, bad ? -1 : token);
-    return {top, __int_as_float(token)};
-  }
-  // NaN and +inf make NaN of the mass: a check of their own is not needed.
-  const float reference = fmaxf(top, -FLT_MAX);
+  return warp_max(top);
+}
+
+__device__ __forceinline__ TileStats tile_statistics(const float4 (&x)[kVectors], float scale) {
+  const float top = tile_maximum(x);
+  // NaN and +inf make NaN of the mass: a check of their own is not needed. The offset's rounding is made good below.
+  const float reference = top > -kInfinity ? top : 0.0f, offset = -reference * scale;
   float mass = 0;
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
-    mass += (exp2_fast((x[j].x - reference) * law.scale) + exp2_fast((x[j].y - reference) * law.scale)) +
-            (exp2_fast((x[j].z - reference) * law.scale) + exp2_fast((x[j].w - reference) * law.scale));
+    mass += (exp2_fast(fmaf(x[j].x, scale, offset)) + exp2_fast(fmaf(x[j].y, scale, offset))) +
+            (exp2_fast(fmaf(x[j].z, scale, offset)) + exp2_fast(fmaf(x[j].w, scale, offset)));
   }
-  return {top, warp_sum(mass)};
+  return {top, warp_sum(mass) * exp2_fast(-fmaf(reference, scale, offset))};
+}
+
+__device__ __forceinline__ TileStats greedy_statistics(const float4 (&x)[kVectors], int tile) {
+  const float top = tile_maximum(x);
+  int token = INT32_MAX;
+  bool bad = false;
+#pragma unroll
+  for (int j = kVectors - 1; j >= 0; --j) {
+    const int first = lane_token(tile, j);
+    if (x[j].w == top) token = first + 3;
+    if (x[j].z == top) token = first + 2;
+    if (x[j].y == top) token = first + 1;
+    if (x[j].x == top) token = first;
+    bad |= !(x[j].x < kInfinity) | !(x[j].y < kInfinity) | !(x[j].z < kInfinity) | !(x[j].w < kInfinity);
+  }
+  return {top, __int_as_float(__reduce_min_sync(kAllLanes, bad ? -1 : token))};
 }
 
 // What is known of a row. A token is kept if x >= threshold and its weight >= min_weight; its probability is its
 // weight over the mass.
-struct RowStats {
+struct alignas(16) RowStats {
   float maximum;
   float threshold;
   float min_weight;
@@ -205,23 +211,24 @@ struct RowStats {
 };
 
 // Statistics of a row from those of its tiles, by one warp; for laws that cut nothing.
-__device__ __forceinline__ RowStats merge_tiles(const TileStats* tiles, int num_tiles, const Law& law,
-                                                int vocab_size) {
-  float maximum = -kInfinity;
+__device__ __forceinline__ RowStats merge_tiles(const TileStats* tiles, int num_tiles, float scale, bool greedy) {
+  float maximum = -kInfinity, mass = 0;
+#pragma unroll 2
   for (int tile = lane_index(); tile < num_tiles; tile += 32) maximum = fmaxf(maximum, tiles[tile].maximum);
   maximum = warp_max(maximum);
-  if (law.greedy) {
-    int argmax = vocab_size;
-    for (int tile = lane_index(); tile < num_tiles; tile += 32) {
-      const int token = __float_as_int(tiles[tile].mass);
-      if (tiles[tile].maximum == maximum || token < 0) argmax = min(argmax, token);
+  int argmax = INT32_MAX;
+#pragma unroll 2
+  for (int tile = lane_index(); tile < num_tiles; tile += 32) {
+    const TileStats stats = tiles[tile];
+    const int token = __float_as_int(stats.mass);
+    if (stats.maximum == maximum || token < 0) argmax = min(argmax, token);
+    if (stats.maximum > -kInfinity || isnan(stats.mass)) {
+      mass += stats.mass * exp2_fast((stats.maximum - maximum) * scale);
     }
+  }
+  if (greedy) {
     argmax = __reduce_min_sync(kAllLanes, argmax);
     return {maximum, -kInfinity, 0.0f, 1.0f, argmax, argmax >= 0 && maximum > -kInfinity};
-  }
-  float mass = 0;
-  for (int tile = lane_index(); tile < num_tiles; tile += 32) {
-    mass += tiles[tile].mass * exp2_fast((fmaxf(tiles[tile].maximum, -FLT_MAX) - maximum) * law.scale);
   }
   mass = warp_sum(mass);
   return {maximum, -kInfinity, 0.0f, 1.0f / mass, 0, mass < kInfinity && maximum > -kInfinity};

@@ -30,8 +30,9 @@ struct ThresholdScratch {
 };
 
 // The row of a tree node as a block reads it.
+template <LogitType kType>
 struct BlockRow {
-  Row row;
+  Row<kType> row;
   const Penalties* penalties;
   int node, depth;
 
@@ -40,17 +41,16 @@ struct BlockRow {
   __device__ __forceinline__ void for_each(Visit visit) const {
     constexpr int kUnroll = 4;
     constexpr int kStep = kThreads * 4;
-    const bool vector = row.aligned(), penalised = penalties->touch(depth);
+    const bool vector = row.vectors(), penalised = penalties->touch(depth);
 #pragma unroll 1
     for (int first = static_cast<int>(threadIdx.x) * 4; first < row.vocab_size; first += kUnroll * kStep) {
-      Raw raw[kUnroll];
+      float4 x[kUnroll];
 #pragma unroll
-      for (int j = 0; j < kUnroll; ++j) raw[j] = row.fetch(first + j * kStep, vector);
+      for (int j = 0; j < kUnroll; ++j) x[j] = row.load(first + j * kStep, vector);
 #pragma unroll
       for (int j = 0; j < kUnroll; ++j) {
-        float4 x = row.decode(raw[j]);
-        if (penalised) x = penalise(x, *penalties, first + j * kStep, node, depth, row.vocab_size);
-        visit(x);
+        if (penalised) x[j] = penalise(x[j], *penalties, first + j * kStep, node, depth, row.vocab_size);
+        visit(x[j]);
       }
     }
   }
@@ -59,8 +59,8 @@ struct BlockRow {
 __device__ __forceinline__ uint64_t fixed_point(float weight) { return __float2ull_rz(weight * 0x1p40f); }
 
 // The mass of the logits whose ordered key is at least `key`, or their number.
-template <bool kCount>
-__device__ __forceinline__ uint64_t mass_from(uint32_t key, const BlockRow& row, const Law& law, float maximum,
+template <bool kCount, LogitType kType>
+__device__ __forceinline__ uint64_t mass_from(uint32_t key, const BlockRow<kType>& row, const Law& law, float maximum,
                                               ThresholdScratch& scratch) {
   uint64_t mass = 0;
   const auto add = [&](float x) {
@@ -71,7 +71,8 @@ __device__ __forceinline__ uint64_t mass_from(uint32_t key, const BlockRow& row,
 }
 
 // The threshold of top-k and top-p by bisection, a pass over the row for each bit.
-static __device__ __noinline__ float search_by_bisection(BlockRow row, Law law, float maximum,
+template <LogitType kType>
+static __device__ __noinline__ float search_by_bisection(BlockRow<kType> row, Law law, float maximum,
                                                          ThresholdScratch& scratch) {
   const uint32_t top = ordered_key(maximum);
   uint32_t kept = ordered_key(-FLT_MAX);
@@ -162,7 +163,8 @@ __device__ __forceinline__ bool search_candidates(const Law& law, int count, boo
 }
 
 // Statistics of a row under a law that cuts; every thread of the block returns the same.
-static __device__ __noinline__ RowStats cut_statistics(BlockRow row, Law law, ThresholdScratch& scratch) {
+template <LogitType kType>
+static __device__ __noinline__ RowStats cut_statistics(BlockRow<kType> row, Law law, ThresholdScratch& scratch) {
   const bool needs_whole = law.top_p < 1 && law.top_k == 0;
   const int thread = static_cast<int>(threadIdx.x);
   float top = -kInfinity;

@@ -5,10 +5,10 @@
 //
 //   1. read         every warp takes the statistics of its tiles of the first rows of the tree and writes them into the
 //                   shared memory of all blocks; for laws that cut tokens a block takes a row (threshold.cuh)
-//   2. statistics   one group barrier; each block merges the tiles
-//   3. walk         all threads of all blocks decide the same path from the same numbers. Where a rule needs a sum or a
-//                   draw over the vocabulary the group makes a pass over that row: a warp per quarter tile, one barrier. Where
-//                   the path leaves the rows that are known, the next ones are read as in 1.
+//   2. statistics   one group barrier; each block merges the tiles, and each node's thread prepares its test
+//   3. walk         the first warp of every block decides the same path from the same numbers. Where a rule needs a sum
+//                   or a draw over the vocabulary the group makes a pass over that row: a warp per quarter tile, one
+//                   barrier. Where the path leaves the rows that are known, the next ones are read as in 1.
 //   4. output       one block writes
 //
 // Sums are taken over fixed tiles in a fixed order, so results do not depend on the size of the group.
@@ -28,8 +28,11 @@ constexpr int kQuarter = kTile / 4;  // tokens of a pass, four per lane
 
 // Masses below this are what rounding leaves of a residual in single precision: the law before it stays.
 constexpr float kRounding = 1e-6f;
+// Stands for the infinite ratio p / q where q = 0: products with r stay numbers.
+constexpr float kHugeRatio = 1e30f;
 
-// What a pass finds in a quarter of a tile: the mass of w, that of q over the tokens not removed, and the winner of the race.
+// What a pass finds in a quarter of a tile: the mass of w, that of q over the tokens not removed, and the winner of
+// the race.
 struct alignas(16) Partial {
   float sum;
   float left;
@@ -54,32 +57,37 @@ struct Decision {
 enum class Need { kRead, kPass, kNothing };
 enum class Phase { kArrive, kTest, kRest, kDraw, kLastDraw };
 
-// Where the walk over the tree stands; kept by the first thread of each block.
+// Where the walk over the tree stands.
 struct WalkState {
   Need need;
   Request request;
   Decision decision;
   Phase phase;
-  int node;           // where the path has come to, and what to read
-  int limit, length;  // block verification: nodes still to be tested, nodes drafted
+  int node;                // where the path has come to, and what to read
+  int limit, length;       // block verification: nodes still to be tested, nodes drafted
   int child, num_removed;  // recursive rejection: the sibling to be tested, rejected ones before it,
   float mass, left;        // what is left of p and of q,
   float c, previous;       // and how much of q was taken off p
 };
 
+// A node's test: probabilities of its token at its parent, and its uniform.
+struct alignas(16) Test {
+  float p, q, uniform;
+  int token;  // -1: nothing was drafted, or the parent has no law
+};
+
+enum class Known : int { kNo, kYes, kInvalid };  // of a node's row
+
 // A block's copy of all it knows about its sequence; the blocks of a group hold the same values.
 struct Shared {
+  Exchange exchange;
   ThresholdScratch scratch;
   RowStats stats[kMaxRows];  // target rows, then draft rows
   TreeNode tree[kMaxNodes];
   Penalties penalties;  // and with them the tokens and parents of the tree
-  float target_logit[kMaxNodes];  // of each node's token at its parent
-  float draft_logit[kMaxNodes];
-  float uniform[kMaxNodes];
-  float p[kMaxNodes];  // the probabilities of those logits
-  float q[kMaxNodes];
-  bool present[kMaxNodes];         // something was drafted, and its laws are valid
-  bool known[kMaxNodes];           // the rows of this node have statistics
+  Test tests[kMaxNodes];
+  Known known[kMaxNodes];
+  int next[kMaxNodes];             // greedy: the child that the argmax leads to; kMaxNodes if none
   int removed_token[kMaxNodes];    // rejected siblings at the current node,
   float removed_scale[kMaxNodes];  // and how much of q was taken off them
   WalkState walk;
@@ -94,119 +102,183 @@ __host__ __device__ constexpr int tile_bytes(int vocab_size) {
 }
 
 // What all functions below share.
+template <LogitType kType>
 struct Context {
   const VerifyParams& params;
   Shared& shared;
-  TileStats* tiles;    // [2, kMaxRowsAtOnce, num_tiles] in shared memory
+  TileStats* tiles;   // [2, kMaxRowsAtOnce, num_tiles] in shared memory
   Partial* partials;  // [2, 4 * num_tiles] likewise
   int sequence;
   int num_tiles;
 
-  __device__ __forceinline__ Row target_row(int node) const {
-    const int64_t element = (static_cast<int64_t>(sequence) * params.num_nodes + node) * params.target_stride;
-    const int size = params.logit_type == LogitType::kFloat ? 4 : 2;
-    return {static_cast<const char*>(params.target_logits) + element * size, params.logit_type, params.vocab_size};
+  __device__ __forceinline__ Row<kType> target_row(int node) const {
+    return {params.target_logits, (static_cast<int64_t>(sequence) * params.num_nodes + node) * params.target_stride,
+            params.vocab_size};
   }
-  __device__ __forceinline__ Row draft_row(int inner_row) const {
-    const int64_t row = static_cast<int64_t>(sequence) * params.num_inner + inner_row;
-    return {params.draft_logits + row * params.vocab_size, LogitType::kFloat, params.vocab_size};
+  __device__ __forceinline__ DraftRow draft_row(int inner_row) const {
+    return {params.draft_logits, (static_cast<int64_t>(sequence) * params.num_inner + inner_row) * params.vocab_size,
+            params.vocab_size};
   }
   __device__ __forceinline__ NoiseKey key(Stream stream, int node) const {
     return noise_key(shared.seed, shared.position, stream, node);
   }
   __device__ __forceinline__ void note(Mark mark) const {
-    if (params.clock != nullptr && blockIdx.x == 0 && threadIdx.x == 0) params.clock[static_cast<int>(mark)] = clock64();
+    if (params.clock != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
+      params.clock[static_cast<int>(mark)] = clock64();
+    }
   }
 };
 
-// The walk over the tree, by the first thread of a block. It stops wherever it needs the whole group, and its function
-// is called again with what the group found; `phase` says where it stopped.
-struct Walk {
-  const Context& context;
-  Shared& shared;
-  WalkState& at;
-
-  __device__ __forceinline__ explicit Walk(const Context& context)
-      : context(context), shared(context.shared), at(context.shared.walk) {}
+// The walk over the tree, by the first warp of a block. It stops wherever it needs the whole group, and is called again
+// with what the group found; `phase` says where it stopped.
+class Walk {
+ public:
+  __device__ __forceinline__ Walk(const VerifyParams& params, Shared& shared)
+      : params_(params), shared_(shared), at_(shared.walk) {}
 
   __device__ __forceinline__ void start() {
-    at = {};
-    at.limit = context.params.num_nodes - 1;
-    at.length = -1;
+    at_ = {};
+    at_.limit = params_.num_nodes - 1;
+    at_.length = -1;
   }
 
   __device__ __forceinline__ void resume(const Partial& found) {
-    if (shared.law.greedy || context.params.draft_logits == nullptr) {
-      match(found);
-    } else if (context.params.rule == Rule::kBlock) {
+    if (shared_.law.greedy || params_.draft_logits == nullptr) {
+      if (lane_index() == 0) match(found);
+    } else if (params_.rule == Rule::kBlock) {
       block_verification(found);
     } else {
-      recursive_rejection(found);
+      if (lane_index() == 0) recursive_rejection(found);
     }
   }
 
-  __device__ __forceinline__ void read(int which) { at.need = Need::kRead, at.node = which; }
-  __device__ __forceinline__ void pass(Phase next, const Request& what) {
-    at.need = Need::kPass, at.phase = next, at.request = what;
+ private:
+  __device__ __forceinline__ void read(int node) { at_.need = Need::kRead, at_.node = node; }
+  __device__ __forceinline__ void pass(Phase next, const Request& request) {
+    at_.need = Need::kPass, at_.phase = next, at_.request = request;
   }
-  __device__ __forceinline__ void finish(int stop, int next) { at.need = Need::kNothing, at.decision = {stop, next}; }
+  __device__ __forceinline__ void finish(int stop, int next) {
+    at_.need = Need::kNothing, at_.decision = {stop, next};
+  }
 
   // Temperature 0, target-only and drafter-invariant: one token per row, followed while it is a child.
   __device__ __forceinline__ void match(const Partial& found) {
-    bool drawn = at.phase == Phase::kDraw;
-    for (;; drawn = false) {
-      if (!shared.known[at.node]) return read(at.node);
-      const RowStats& row = shared.stats[at.node];
-      if (!row.valid) return finish(at.node, -1);
-      if (!drawn && !shared.law.greedy) {
-        const bool coupled = context.params.rule == Rule::kDrafterInvariant;
-        return pass(Phase::kDraw, {at.node, 1.0f, 0.0f, 0, true, coupled ? Stream::kCoupled : Stream::kTarget});
+    int node = at_.node;
+    if (at_.phase == Phase::kDraw) {
+      const int first = shared_.tree[node].first_child, end = first + shared_.tree[node].num_children;
+      int child = first;
+      while (child < end && shared_.penalties.tokens[child] != found.best.token) ++child;
+      if (child == end) return finish(node, found.best.token);
+      node = child;
+      at_.phase = Phase::kArrive;
+    }
+    for (;;) {
+      const Known known = shared_.known[node];
+      const int next = shared_.next[node];
+      if (known == Known::kNo) return read(node);
+      if (known == Known::kInvalid) return finish(node, -1);
+      if (!shared_.law.greedy) {
+        at_.node = node;
+        const bool coupled = params_.rule == Rule::kDrafterInvariant;
+        return pass(Phase::kDraw, {node, 1.0f, 0.0f, 0, true, coupled ? Stream::kCoupled : Stream::kTarget});
       }
-      const int next = drawn ? found.best.token : row.argmax;
-      const int first = shared.tree[at.node].first_child, end = first + shared.tree[at.node].num_children;
-      int match = first;
-      while (match < end && shared.penalties.tokens[match] != next) ++match;
-      if (match == end) return finish(at.node, next);
-      at.node = match;
-      at.phase = Phase::kArrive;
+      if (next == kMaxNodes) return finish(node, shared_.stats[node].argmax);
+      node = next;
     }
   }
 
-  // Chain, block verification (Sun et al. 2403.10444): the last i whose test u_i <= h_i succeeds.
-  __device__ __forceinline__ void block_verification(const Partial& found) {
-    const int stop = at.request.node;
-    if (at.phase == Phase::kLastDraw) return finish(stop, found.best.token);
-    if (at.phase == Phase::kTest) {
-      const float denominator = found.sum + (1 - at.request.a);
-      const float h = denominator > 0 ? found.sum / denominator : 1.0f;
-      if (shared.uniform[stop] > h) {
-        at.phase = Phase::kArrive;
-        at.limit = stop - 1;
-      }
-    }
-    if (at.phase == Phase::kTest || at.phase == Phase::kDraw) {
-      if (found.sum > kRounding) return finish(stop, found.best.token);
-      return pass(Phase::kLastDraw, {stop, 1.0f, 0.0f, 0, true, Stream::kEmit});
-    }
+  // Block verification: the last node up to `limit` whose test may succeed, its r, and the last that was drafted.
+  struct Candidate {
+    int stop;
+    float r;
+    int end;
+    bool known;  // whether the rows up to `end` are
+  };
 
-    // The last node whose test may succeed: h <= r, so most tests fail without their sum over the vocabulary.
-    int last = 0, candidate = 0;
-    float r = 1, candidate_r = 1;
-    while (last < at.limit) {
-      if (!shared.known[last]) return read(last);
-      if (!shared.present[last + 1]) break;
-      ++last;
-      const float carried = r * shared.p[last], q = shared.q[last];
-      r = q > 0 ? fminf(1.0f, carried / q) : (carried > 0 ? 1.0f : 0.0f);
-      if (shared.uniform[last] <= r) candidate = last, candidate_r = r;
+  // r_i = min(1, r_{i-1} p_i / q_i) for all nodes of a chain: functions min(bound, factor * r) composed by a scan.
+  __device__ __forceinline__ Candidate candidate(int limit) const {
+    Candidate found = {0, 1.0f, 0, true};
+    float carried = 1;
+#pragma unroll 1
+    for (int base = 0; base < limit; base += 32) {
+      const int node = base + lane_index() + 1;
+      const bool inside = node <= limit;
+      const Known known = inside ? shared_.known[node - 1] : Known::kYes;
+      const Test test = shared_.tests[inside ? node : 0];
+      const bool drafted = inside && known != Known::kNo && test.token >= 0;
+      float bound = 1;
+      float factor = test.q > 0 ? fminf(test.p / test.q, kHugeRatio) : (test.p > 0 ? kHugeRatio : 0.0f);
+#pragma unroll
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const float before = __shfl_up_sync(kAllLanes, bound, offset);
+        const float factors = __shfl_up_sync(kAllLanes, factor, offset);
+        if (lane_index() >= offset) {
+          bound = fminf(bound, factor * before);
+          factor = fminf(factor * factors, kHugeRatio);
+        }
+      }
+      const float r = fminf(bound, factor * carried);
+      // Drafted nodes up to the first gap.
+      const uint32_t gaps = __ballot_sync(kAllLanes, !drafted);
+      const int length = gaps == 0 ? 32 : __ffs(static_cast<int>(gaps)) - 1;
+      const bool passes = lane_index() < length && test.uniform <= r;
+      const uint32_t passing = __ballot_sync(kAllLanes, passes);
+      if (passing != 0) {
+        const int lane = 31 - __clz(static_cast<int>(passing));
+        found.stop = base + lane + 1;
+        found.r = __shfl_sync(kAllLanes, r, lane);
+      }
+      found.end = base + length;
+      if (length < 32) {
+        found.known = __shfl_sync(kAllLanes, static_cast<int>(known), length) != static_cast<int>(Known::kNo);
+        break;
+      }
+      carried = __shfl_sync(kAllLanes, r, 31);
     }
-    if (at.length < 0) at.length = last;
-    if (candidate == at.length) {
-      if (!shared.known[at.length]) return read(at.length);
-      if (!shared.stats[at.length].valid) return finish(at.length, -1);
-      return pass(Phase::kLastDraw, {at.length, 1.0f, 0.0f, 0, true, Stream::kEmit});
+    return found;
+  }
+
+  // Chain, block verification (Sun et al. 2403.10444): the last i whose test u_i <= h_i succeeds. All lanes decide the
+  // same; the first one writes.
+  __device__ __forceinline__ void block_verification(const Partial& found) {
+    const Phase phase = at_.phase;
+    const Request request = at_.request;
+    int limit = at_.limit, length = at_.length;
+    __syncwarp();
+    const bool writes = lane_index() == 0;
+    const auto draw_from = [&](Phase next, int node, float a, float c) {
+      if (writes) pass(next, {node, a, c, 0, true, Stream::kEmit});
+    };
+
+    const int stop = request.node;
+    bool done = phase == Phase::kLastDraw || phase == Phase::kDraw;
+    if (phase == Phase::kTest) {
+      const float denominator = found.sum + (1 - request.a);
+      const float h = denominator > 0 ? found.sum / denominator : 1.0f;
+      done = shared_.tests[stop].uniform <= h;
+      limit = stop - 1;
     }
-    pass(candidate > 0 ? Phase::kTest : Phase::kDraw, {candidate, candidate_r, 1.0f, 0, true, Stream::kEmit});
+    if (done) {
+      if (phase != Phase::kLastDraw && !(found.sum > kRounding)) return draw_from(Phase::kLastDraw, stop, 1.0f, 0.0f);
+      if (writes) finish(stop, found.best.token);
+      return;
+    }
+    // h <= r: most tests fail without their sum over the vocabulary.
+    const Candidate last = candidate(limit);
+    if (writes) at_.phase = Phase::kArrive, at_.limit = limit;
+    if (!last.known) {
+      if (writes) read(last.end);
+      return;
+    }
+    if (length < 0) length = last.end;
+    if (writes) at_.length = length;
+    if (last.stop == length) {
+      const Known known = shared_.known[length];
+      if (known == Known::kYes) return draw_from(Phase::kLastDraw, length, 1.0f, 0.0f);
+      if (writes) known == Known::kNo ? read(length) : finish(length, -1);
+      return;
+    }
+    draw_from(last.stop > 0 ? Phase::kTest : Phase::kDraw, last.stop, last.r, 1.0f);
   }
 
   // Top-down tests of siblings drawn without replacement (RSD 2402.14160); a chain has one child each.
@@ -214,97 +286,108 @@ struct Walk {
   // After some rejections the target's law at the node is [p - c q]+ / mass for one scalar c, but for the rejected
   // tokens, whose q is gone and whose c stands still.
   __device__ __forceinline__ void recursive_rejection(const Partial& found) {
-    if (at.phase == Phase::kLastDraw) return finish(at.node, found.best.token);
-    if (at.phase == Phase::kDraw) {
-      if (!(at.c > 0) || found.sum > kRounding) return finish(at.node, found.best.token);
-      restore(at.previous);
-      return pass(Phase::kLastDraw, {at.node, 1.0f, at.previous, at.num_removed, true, Stream::kEmit});
+    int node = at_.node;
+    if (at_.phase == Phase::kLastDraw) return finish(node, found.best.token);
+    if (at_.phase == Phase::kDraw) {
+      if (!(at_.c > 0) || found.sum > kRounding) return finish(node, found.best.token);
+      restore(at_.previous);
+      return pass(Phase::kLastDraw, {node, 1.0f, at_.previous, at_.num_removed, true, Stream::kEmit});
     }
-    if (at.phase == Phase::kRest) {
+    if (at_.phase == Phase::kRest) {
       // What is left of q is summed anew: 1 - q has no digits where a draft was sure of what it drew first.
-      at.left = found.left;
+      at_.left = found.left;
       if (found.sum > kRounding) {
-        at.mass = found.sum;
+        at_.mass = found.sum;
       } else {
-        at.c = at.previous;
-        restore(at.c);
+        at_.c = at_.previous;
+        restore(at_.c);
       }
-      ++at.child;
+      ++at_.child;
     }
     for (;;) {
-      const TreeNode& place = shared.tree[at.node];
-      if (at.phase == Phase::kArrive) {
-        if (!shared.known[at.node]) return read(at.node);
-        if (!shared.stats[at.node].valid) return finish(at.node, -1);
-        at.child = place.first_child;
-        at.mass = at.left = 1, at.c = at.previous = 0, at.num_removed = 0;
-        at.phase = Phase::kTest;
+      const int first = shared_.tree[node].first_child;
+      int last = first + shared_.tree[node].num_children - 1;
+      if (at_.phase == Phase::kArrive) {
+        const Known known = shared_.known[node];
+        if (known == Known::kNo) return read(node);
+        if (known == Known::kInvalid) return finish(node, -1);
+        at_.child = first;
+        at_.mass = at_.left = 1, at_.c = at_.previous = 0, at_.num_removed = 0;
+        at_.phase = Phase::kTest;
       }
-      int last = place.first_child + place.num_children - 1;
-      while (last >= at.child && !shared.present[last]) --last;
-      for (; at.child <= last; ++at.child) {
-        if (!shared.present[at.child]) continue;
-        if (accepts(at.child)) break;
-        if (at.child < last && at.c != at.previous) {  // only a later test needs the masses
-          return pass(Phase::kRest, {at.node, 1.0f, at.c, at.num_removed, false, Stream::kEmit});
+      while (last >= at_.child && shared_.tests[last].token < 0) --last;
+      for (; at_.child <= last; ++at_.child) {
+        const Test test = shared_.tests[at_.child];
+        if (test.token < 0) continue;
+        if (accepts(test)) break;
+        if (at_.child < last && at_.c != at_.previous) {  // only a later test needs the masses
+          at_.node = node;
+          return pass(Phase::kRest, {node, 1.0f, at_.c, at_.num_removed, false, Stream::kEmit});
         }
       }
-      if (at.child > last) return pass(Phase::kDraw, {at.node, 1.0f, at.c, at.num_removed, true, Stream::kEmit});
-      at.node = at.child;
-      at.phase = Phase::kArrive;
+      if (at_.child > last) {
+        at_.node = node;
+        return pass(Phase::kDraw, {node, 1.0f, at_.c, at_.num_removed, true, Stream::kEmit});
+      }
+      node = at_.child;
+      at_.phase = Phase::kArrive;
     }
   }
 
-  // Accepts with probability min(1, (p / mass) / (q / left)), or removes the child.
-  __device__ __forceinline__ bool accepts(int which) {
-    const int token = shared.penalties.tokens[which];
-    float q = shared.q[which], taken = at.c;
-    for (int j = 0; j < at.num_removed; ++j) {
-      if (shared.removed_token[j] == token) taken = shared.removed_scale[j], q = 0;
+  // Accepts with probability min(1, (p / mass) / (q / left)), or removes the token.
+  __device__ __forceinline__ bool accepts(const Test& test) {
+    float q = test.q, taken = at_.c;
+    for (int j = 0; j < at_.num_removed; ++j) {
+      if (shared_.removed_token[j] == test.token) taken = shared_.removed_scale[j], q = 0;
     }
-    const float p = fmaxf(shared.p[which] - taken * shared.q[which], 0.0f);
-    if (q > 0 && at.left > 0 ? shared.uniform[which] * q * at.mass <= p * at.left : p > 0) return true;
-    at.previous = at.c;
-    if (at.left > 0) at.c += at.mass / at.left;
-    shared.removed_token[at.num_removed] = token;
-    shared.removed_scale[at.num_removed] = q > 0 ? at.c : taken;
-    ++at.num_removed;
+    const float p = fmaxf(test.p - taken * test.q, 0.0f);
+    if (q > 0 && at_.left > 0 ? test.uniform * q * at_.mass <= p * at_.left : p > 0) return true;
+    at_.previous = at_.c;
+    if (at_.left > 0) at_.c += at_.mass / at_.left;
+    shared_.removed_token[at_.num_removed] = test.token;
+    shared_.removed_scale[at_.num_removed] = q > 0 ? at_.c : taken;
+    ++at_.num_removed;
     return false;
   }
 
   // Undoes the last subtraction for the token rejected last.
   __device__ __forceinline__ void restore(float scale) {
-    if (at.num_removed == 0) return;
-    float& removed = shared.removed_scale[at.num_removed - 1];
+    if (at_.num_removed == 0) return;
+    float& removed = shared_.removed_scale[at_.num_removed - 1];
     removed = fminf(removed, scale);
   }
+
+  const VerifyParams& params_;
+  Shared& shared_;
+  WalkState& at_;
 };
 
-__device__ __forceinline__ void load_sequence(const Context& context) {
+template <LogitType kType>
+__device__ __forceinline__ void load_sequence(const Context<kType>& context) {
   const VerifyParams& params = context.params;
   Shared& shared = context.shared;
-  const int node = static_cast<int>(threadIdx.x);
+  const int node = static_cast<int>(threadIdx.x), sequence = context.sequence;
   if (node < params.num_nodes) {
     const TreeNode place = params.tree[node];
-    shared.penalties.tokens[node] = static_cast<int>(params.tokens[context.sequence * params.tokens_stride + node]);
+    shared.penalties.tokens[node] = static_cast<int>(params.tokens[sequence * params.tokens_stride + node]);
     shared.tree[node] = place;
     shared.penalties.parents[node] = place.parent;
-    shared.known[node] = false;
-    shared.present[node] = false;
+    shared.known[node] = Known::kNo;
+    shared.next[node] = kMaxNodes;
+    shared.tests[node] = {0, 0, 0, -1};
   }
-  if (threadIdx.x == kThreads - 96) Walk(context).start();
-  if (threadIdx.x == kThreads - 32) shared.law = load_law(params.sampling, context.sequence, params.vocab_size);
+  if (threadIdx.x == kThreads - 96) Walk(params, shared).start();
+  if (threadIdx.x == kThreads - 32) shared.law = load_law(params.sampling, sequence, params.vocab_size);
   if (threadIdx.x == kThreads - 64) {
-    const int64_t position = params.positions[context.sequence];
-    const int64_t missing = params.sampling.min_tokens[context.sequence] - position;
-    shared.penalties.repetition = static_cast<float>(params.sampling.repetition_penalty[context.sequence]);
+    const int64_t position = params.positions[sequence];
+    const int64_t missing = params.sampling.min_tokens[sequence] - position;
+    shared.penalties.repetition = static_cast<float>(params.sampling.repetition_penalty[sequence]);
     shared.penalties.shortest = static_cast<int>(max(int64_t{0}, min(missing, int64_t{kMaxNodes})));
-    shared.penalties.seen = params.sampling.seen + static_cast<int64_t>(context.sequence) * params.vocab_size;
-    shared.penalties.eos = params.sampling.eos_token_ids + context.sequence * kMaxEos;
-    shared.seed = params.sampling.seed[context.sequence];
+    shared.penalties.seen = params.sampling.seen + static_cast<int64_t>(sequence) * params.vocab_size;
+    shared.penalties.eos = params.sampling.eos_token_ids + sequence * kMaxEos;
+    shared.seed = params.sampling.seed[sequence];
     shared.position = position;
   }
-  __syncthreads();
 }
 
 // Rows that are read together: those of a node and of some of its descendants.
@@ -338,177 +421,189 @@ struct Span {
   }
 };
 
-// Target rows first, then draft rows; for each the tiles of this block.
+// The tiles of this block in some rows, one after the other, dealt to the warps in turn.
 struct Items {
-  const Context& context;
-  const Span& span;
-  int local_tiles;
+  int row, local, local_tiles;
+  int row_step, local_step;
 
-  __device__ __forceinline__ Items(const Context& context, const Span& span)
-      : context(context),
-        span(span),
-        local_tiles((context.num_tiles - group_rank() + group_size() - 1) / group_size()) {}
-  __device__ __forceinline__ int row(int item) const { return item / local_tiles; }
-  __device__ __forceinline__ int tile(int item) const { return group_rank() + item % local_tiles * group_size(); }
-  __device__ __forceinline__ void fetch(int item, Raw (&into)[kVectors]) const {
-    const int index = row(item), draft = index - span.num_targets();
-    const Row source = draft < 0 ? context.target_row(span.target(index)) : context.draft_row(span.draft(draft));
-    const bool vector = source.aligned();
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) into[j] = source.fetch(lane_token(tile(item), j), vector);
+  __device__ __forceinline__ explicit Items(int num_tiles)
+      : local_tiles((num_tiles - group_rank() + group_size() - 1) / group_size()) {
+    // A block without tiles, of a small vocabulary, has no items at all.
+    const int divisor = max(local_tiles, 1);
+    row = local_tiles > 0 ? warp_index() / divisor : INT32_MAX / 2, local = warp_index() % divisor;
+    row_step = kWarps / divisor, local_step = kWarps % divisor;
+  }
+  __device__ __forceinline__ int tile() const { return group_rank() + local * group_size(); }
+  __device__ __forceinline__ void advance() {
+    row += row_step, local += local_step;
+    if (local >= local_tiles) local -= local_tiles, ++row;
   }
 };
 
-// What each node's test reads, before the statistics of the rows are known.
-__device__ __forceinline__ void load_tests(const Context& context) {
-  const VerifyParams& params = context.params;
-  Shared& shared = context.shared;
-  const int node = static_cast<int>(threadIdx.x);
-  if (node == 0 || node >= params.num_nodes) return;
-  const int token = shared.penalties.tokens[node];
-  if (token < 0 || token >= params.vocab_size) return;
-  const int parent = shared.penalties.parents[node];
-  const float logit = context.target_row(parent)[token];
-  shared.draft_logit[node] = context.draft_row(shared.tree[parent].inner_row)[token];
-  shared.uniform[node] = accept_uniform(context.key(Stream::kAccept, node));
-  const int depth = shared.tree[parent].depth;
-  shared.target_logit[node] = logit;
-  if (shared.penalties.touch(depth)) {
-    shared.target_logit[node] = penalise({logit}, shared.penalties, token, parent, depth, params.vocab_size).x;
-  }
+template <LogitType kType>
+__device__ __forceinline__ void load_tile(const Row<kType>& row, int tile, float4 (&x)[kVectors]) {
+  const bool vector = row.vectors();
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) x[j] = row.load(lane_token(tile, j), vector);
 }
 
-// Statistics of the rows of a span, and the tests of the children of its nodes. `count`: reads before this one. In
-// the first, what all tests need is loaded along.
-__device__ __forceinline__ void read(const Context& context, const Span& span, int count) {
+// Statistics of the rows of a span, and the tests of the children of its nodes.
+template <LogitType kType>
+__device__ __forceinline__ void read(const Context<kType>& context, const Span& span, int turn) {
   const VerifyParams& params = context.params;
   Shared& shared = context.shared;
-  const bool first = count == 0;
-  const Items items(context, span);
-  Raw raw[kVectors];
-  if (first) {
-    // Under way before the law is known: this warp's first item, where that is one of every law's.
-    if (warp_index() < span.num_targets() * items.local_tiles) items.fetch(warp_index(), raw);
-    load_sequence(context);
-    group_wait();  // all blocks have started: their shared memory may be written
-  }
-  const Law& law = shared.law;
-  const bool with_draft = params.draft_logits != nullptr && !law.greedy;
+  const bool first = turn == 0;
   const int num_targets = span.num_targets();
-  const int num_rows = num_targets + (with_draft ? span.num_drafts() : 0);
-  TileStats* tiles = context.tiles + (count & 1) * kMaxRowsAtOnce * context.num_tiles;
-
-  const int total = num_rows * items.local_tiles;
-  int item = (law.cuts() ? num_targets * items.local_tiles : 0) + warp_index();
-  bool fetched = first && !law.cuts() && warp_index() < num_targets * items.local_tiles;
-#pragma unroll 1
-  for (; item < total; item += kWarps) {
-    const int row = items.row(item), place = items.tile(item);
-    const bool is_target = row < num_targets;
-    if (!fetched) items.fetch(item, raw);
-    fetched = false;
-    const Row logits = {nullptr, is_target ? params.logit_type : LogitType::kFloat, params.vocab_size};
-    float4 x[kVectors];
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) x[j] = logits.decode(raw[j]);
-    const int node = is_target ? span.target(row) : 0, depth = shared.tree[node].depth;
-    if (is_target && shared.penalties.touch(depth)) {
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        x[j] = penalise(x[j], shared.penalties, lane_token(place, j), node, depth, params.vocab_size);
-      }
-    }
-    const TileStats stats = tile_statistics(x, is_target ? law : plain_law(), place, params.vocab_size);
-    if (lane_index() < group_size()) *in_block(&tiles[row * context.num_tiles + place], lane_index()) = stats;
+  TileStats* tiles = context.tiles + (turn & 1) * kMaxRowsAtOnce * context.num_tiles;
+  Items items(context.num_tiles);
+  float4 x[kVectors];
+  // Under way before the law is known, which may make it needless.
+  if (items.row < num_targets) load_tile(context.target_row(span.target(items.row)), items.tile(), x);
+  if (first) {
+    load_sequence(context);
+    shared.exchange.meet();
   }
-  if (law.cuts()) {
+  const Broadcast<TileStats> out(tiles, shared.exchange, turn);
+  const Law& law = shared.law;
+  const bool greedy = law.greedy, cuts = law.cuts(), with_draft = params.draft_logits != nullptr && !greedy;
+  const int num_drafts = with_draft ? span.num_drafts() : 0, num_rows = num_targets + num_drafts;
+  const float scale = law.scale;
+  if (threadIdx.x == 0) {
+    const int tile_rows = cuts ? num_drafts : num_rows;
+    shared.exchange.expect(turn, tile_rows * context.num_tiles * static_cast<int>(sizeof(TileStats)) +
+                                     (num_rows - tile_rows) * static_cast<int>(sizeof(RowStats)));
+  }
+
+  // What the test of a node reads, if this span holds its parent. The last threads have the fewest items.
+  const int node = kThreads - 1 - static_cast<int>(threadIdx.x);
+  Test test = {0, 0, 0, -1};
+  float target_logit = 0, draft_logit = 0;
+  int parent = 0;
+  bool tested = node > 0 && node < params.num_nodes;
+  if (tested) {
+    parent = shared.penalties.parents[node];
+    test.token = shared.penalties.tokens[node];
+    tested = span.holds(parent) && test.token >= 0 && test.token < params.vocab_size;
+  }
+  if (tested && with_draft) {
+    target_logit = context.target_row(parent)[test.token];
+    draft_logit = context.draft_row(shared.tree[parent].inner_row)[test.token];
+    test.uniform = accept_uniform(context.key(Stream::kAccept, node));
+  }
+
+  if (!cuts) {
+    for (bool loaded = true; items.row < num_targets; items.advance(), loaded = false) {
+      const int tile = items.tile(), place = span.target(items.row), depth = shared.tree[place].depth;
+      if (!loaded) load_tile(context.target_row(place), tile, x);
+      if (shared.penalties.touch(depth)) {
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) {
+          x[j] = penalise(x[j], shared.penalties, lane_token(tile, j), place, depth, params.vocab_size);
+        }
+      }
+      out.store(items.row * context.num_tiles + tile, greedy ? greedy_statistics(x, tile) : tile_statistics(x, scale));
+    }
+  } else {
+    while (items.row < num_targets) items.advance();
+  }
+#pragma unroll 1
+  for (; items.row < num_rows; items.advance()) {
+    const int tile = items.tile();
+    load_tile(context.draft_row(span.draft(items.row - num_targets)), tile, x);
+    out.store(items.row * context.num_tiles + tile, tile_statistics(x, kLog2e));
+  }
+  if (cuts) {
 #pragma unroll 1
     for (int row = group_rank(); row < num_targets; row += group_size()) {
-      const int node = span.target(row);
-      const BlockRow logits = {context.target_row(node), &shared.penalties, node, shared.tree[node].depth};
+      const int place = span.target(row);
+      const BlockRow<kType> logits = {context.target_row(place), &shared.penalties, place, shared.tree[place].depth};
       const RowStats stats = cut_statistics(logits, law, shared.scratch);
-      if (static_cast<int>(threadIdx.x) < group_size()) *in_block(&shared.stats[node], threadIdx.x) = stats;
+      if (warp_index() == 0) Broadcast<RowStats>(shared.stats, shared.exchange, turn).store(place, stats);
       __syncthreads();
     }
   }
-  if (first && with_draft) load_tests(context);
   if (first) context.note(Mark::kRead);
-  group_sync();
+  shared.exchange.wait(turn);
 
 #pragma unroll 1
-  for (int row = warp_index(); row < num_rows; row += kWarps) {
+  for (int row = warp_index() + (cuts ? num_targets : 0); row < num_rows; row += kWarps) {
     const bool is_target = row < num_targets;
-    if (is_target && law.cuts()) continue;
-    const RowStats stats = merge_tiles(tiles + row * context.num_tiles, context.num_tiles,
-                                       is_target ? law : plain_law(), params.vocab_size);
+    const RowStats stats = merge_tiles(tiles + row * context.num_tiles, context.num_tiles, is_target ? scale : kLog2e,
+                                       greedy);
     if (lane_index() == 0) {
       shared.stats[is_target ? span.target(row) : params.num_nodes + span.draft(row - num_targets)] = stats;
     }
   }
   __syncthreads();
-  const int node = static_cast<int>(threadIdx.x);
-  if (node < params.num_nodes) {
-    if (span.holds(node)) shared.known[node] = true;
-    const int parent = shared.penalties.parents[node], token = shared.penalties.tokens[node];
-    if (with_draft && node > 0 && span.holds(parent) && token >= 0 && token < params.vocab_size) {
-      const RowStats row = shared.stats[parent];
+  if (node < params.num_nodes && span.holds(node)) {
+    shared.known[node] = shared.stats[node].valid ? Known::kYes : Known::kInvalid;
+  }
+  if (tested) {
+    const RowStats row = shared.stats[parent];
+    if (with_draft) {
       const RowStats other = shared.stats[params.num_nodes + shared.tree[parent].inner_row];
-      shared.p[node] = row.weight(law.scale, shared.target_logit[node]) * row.inverse_mass;
-      shared.q[node] = other.weight(kLog2e, shared.draft_logit[node]) * other.inverse_mass;
-      shared.present[node] = row.valid && other.valid;
+      const int depth = shared.tree[parent].depth;
+      if (shared.penalties.touch(depth)) {
+        target_logit =
+            penalise({target_logit}, shared.penalties, test.token, parent, depth, params.vocab_size).x;
+      }
+      test.p = row.weight(scale, target_logit) * row.inverse_mass;
+      test.q = other.weight(kLog2e, draft_logit) * other.inverse_mass;
+      if (row.valid && other.valid) shared.tests[node] = test;
+    } else if (greedy && row.valid && row.argmax == test.token) {
+      atomicMin(&shared.next[parent], node);
     }
   }
   __syncthreads();
 }
 
 // The whole group's pass over a row; the first warp of each block returns what it found.
-__device__ __forceinline__ Partial pass(const Context& context, const Request& request, int parity) {
+template <LogitType kType>
+__device__ __forceinline__ Partial pass(const Context<kType>& context, const Request& request, int turn) {
   const VerifyParams& params = context.params;
   Shared& shared = context.shared;
-  const Row row = context.target_row(request.node);
+  const int num_quarters = 4 * context.num_tiles, num_removed = request.num_removed;
+  const float c = request.c;
+  const bool subtract = c > 0, race = request.race;
+  Partial* partials = context.partials + (turn & 1) * num_quarters;
+  const Broadcast<Partial> out(partials, shared.exchange, turn);
+  if (threadIdx.x == 0) shared.exchange.expect(turn, num_quarters * static_cast<int>(sizeof(Partial)));
+  const Row<kType> row = context.target_row(request.node);
+  const DraftRow other = context.draft_row(subtract ? shared.tree[request.node].inner_row : 0);
+  const bool vector = row.vectors(), other_vector = other.vectors();
   const RowStats stats = shared.stats[request.node];
+  const RowStats other_stats =
+      shared.stats[subtract ? params.num_nodes + shared.tree[request.node].inner_row : request.node];
   const float scale = shared.law.scale, p_scale = request.a * stats.inverse_mass;
-  const bool subtract = request.c > 0;
-  Row other = row;
-  RowStats other_stats = stats;
-  if (subtract) {
-    const int inner_row = shared.tree[request.node].inner_row;
-    other = context.draft_row(inner_row);
-    other_stats = shared.stats[params.num_nodes + inner_row];
-  }
+  const int depth = shared.tree[request.node].depth;
+  const bool penalised = shared.penalties.touch(depth);
   NoiseKey key = context.key(request.stream, request.node);
   if (request.stream == Stream::kCoupled) {
     key = context.key(Stream::kCoupled, 0);
-    key.position += shared.tree[request.node].depth;
+    key.position += depth;
   }
-  const int num_quarters = 4 * context.num_tiles, depth = shared.tree[request.node].depth;
-  Partial* partials = context.partials + parity * num_quarters;
-  const bool vector = row.aligned(), other_vector = other.aligned(), penalised = shared.penalties.touch(depth);
 
 #pragma unroll 1
   for (int local = warp_index();; local += kWarps) {
     const int quarter = 4 * (group_rank() + local / 4 * group_size()) + local % 4;
     if (quarter >= num_quarters) break;
     const int first = quarter * kQuarter + lane_index() * 4;
-    const Raw raw = row.fetch(first, vector);
-    Raw other_raw = {};
-    if (subtract) other_raw = other.fetch(first, other_vector);
-    float4 x = row.decode(raw);
+    float4 x = row.load(first, vector), y = {};
+    if (subtract) y = other.load(first, other_vector);
     if (penalised) x = penalise(x, shared.penalties, first, request.node, depth, params.vocab_size);
     float w[4] = {stats.weight(scale, x.x) * p_scale, stats.weight(scale, x.y) * p_scale,
                   stats.weight(scale, x.z) * p_scale, stats.weight(scale, x.w) * p_scale};
     Partial found = {0, 0, {-1.0f, params.vocab_size}};
     if (subtract) {
-      const float4 y = other.decode(other_raw);
       const float logits[4] = {y.x, y.y, y.z, y.w};
       float q[4], taken[4], kept[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         q[i] = kept[i] = exp2_fast((logits[i] - other_stats.maximum) * kLog2e) * other_stats.inverse_mass;
-        taken[i] = request.c;
+        taken[i] = c;
       }
 #pragma unroll 1
-      for (int k = 0; k < request.num_removed; ++k) {
+      for (int k = 0; k < num_removed; ++k) {
         const int place = shared.removed_token[k] - first;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -520,19 +615,24 @@ __device__ __forceinline__ Partial pass(const Context& context, const Request& r
       found.left = (kept[0] + kept[1]) + (kept[2] + kept[3]);
     }
     found.sum = (w[0] + w[1]) + (w[2] + w[3]);
-    if (request.race && found.sum > 0) {
-      const float4 e = exponentials(key, static_cast<uint32_t>(first) / 4);
-      const float scores[4] = {__fdividef(w[0], e.x), __fdividef(w[1], e.y), __fdividef(w[2], e.z),
-                               __fdividef(w[3], e.w)};
+    if (race) {
+      if (found.sum > 0) {
+        const float4 e = exponentials(key, static_cast<uint32_t>(first) / 4);
+        const float scores[4] = {__fdividef(w[0], e.x), __fdividef(w[1], e.y), __fdividef(w[2], e.z),
+                                 __fdividef(w[3], e.w)};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (w[i] > 0) found.best = better(found.best, {scores[i], first + i});
+        for (int i = 0; i < 4; ++i) {
+          if (w[i] > 0 && scores[i] > found.best.score) found.best = {scores[i], first + i};
+        }
       }
+      found.best = warp_best(found.best);
+    } else {
+      found.left = warp_sum(found.left);
     }
-    found = {warp_sum(found.sum), warp_sum(found.left), warp_best(found.best)};
-    if (lane_index() < group_size()) *in_block(&partials[quarter], lane_index()) = found;
+    found.sum = warp_sum(found.sum);
+    out.store(quarter, found);
   }
-  group_sync();
+  shared.exchange.wait(turn);
   Partial result = {0, 0, {-1.0f, params.vocab_size}};
   if (warp_index() > 0) return result;
 #pragma unroll 4
@@ -545,52 +645,57 @@ __device__ __forceinline__ Partial pass(const Context& context, const Request& r
   return {warp_sum(result.sum), warp_sum(result.left), warp_best(result.best)};
 }
 
-__device__ __forceinline__ void write(const Context& context, Decision decision) {
-  const VerifyParams& params = context.params;
-  const Shared& shared = context.shared;
+__device__ __forceinline__ void write(const VerifyParams& params, const Shared& shared, int sequence) {
+  const Decision decision = shared.walk.decision;
   const int depth = shared.tree[decision.stop].depth;
   const int place = static_cast<int>(threadIdx.x);
   if (place <= params.max_depth) {
     int node = decision.stop;
     for (int above = depth; above > place; --above) node = shared.penalties.parents[node];
-    params.path[static_cast<int64_t>(context.sequence) * (params.max_depth + 1) + place] = node;
+    params.path[static_cast<int64_t>(sequence) * (params.max_depth + 1) + place] = node;
   }
   if (threadIdx.x == kThreads - 1) {
-    const bool invalid = !shared.stats[decision.stop].valid;
-    params.num_accepted[context.sequence] = depth;
-    params.next_token[context.sequence] = invalid ? -1 : decision.next;
-    params.invalid[context.sequence] = invalid;
+    const bool invalid = shared.known[decision.stop] == Known::kInvalid;
+    params.num_accepted[sequence] = depth;
+    params.next_token[sequence] = invalid ? -1 : decision.next;
+    params.invalid[sequence] = invalid;
   }
 }
 
+template <LogitType kType>
 __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_constant__ VerifyParams params) {
   extern __shared__ __align__(16) unsigned char memory[];
-  const Context context = {params, *reinterpret_cast<Shared*>(memory),
-                           reinterpret_cast<TileStats*>(memory + sizeof(Shared)),
-                           reinterpret_cast<Partial*>(memory + sizeof(Shared) + tile_bytes(params.vocab_size)),
-                           static_cast<int>(blockIdx.x) / group_size(), num_tiles(params.vocab_size)};
-  group_arrive();
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  const Context<kType> context = {
+      params,
+      shared,
+      reinterpret_cast<TileStats*>(memory + sizeof(Shared)),
+      reinterpret_cast<Partial*>(memory + sizeof(Shared) + tile_bytes(params.vocab_size)),
+      static_cast<int>(blockIdx.x) / group_size(),
+      num_tiles(params.vocab_size),
+  };
+  shared.exchange.arrive();
   context.note(Mark::kStart);
-  // Barriers stand between two uses of the same half of a double buffer.
-  Shared& shared = context.shared;
-  int reads = 0, passes = 0;
+
+  int turn = 0;
   Need need = Need::kRead;
   do {
     Partial found = {};
     if (need == Need::kRead) {
-      read(context, reads == 0 ? Span(params) : Span(shared.walk.node, shared.tree[shared.walk.node]), reads);
-      if (reads++ == 0) context.note(Mark::kStatistics);
+      read(context, turn == 0 ? Span(params) : Span(shared.walk.node, shared.tree[shared.walk.node]), turn);
+      if (turn == 0) context.note(Mark::kStatistics);
     } else {
-      found = pass(context, shared.walk.request, passes++ & 1);
+      found = pass(context, shared.walk.request, turn);
     }
-    if (threadIdx.x == 0) Walk(context).resume(found);
+    ++turn;
+    if (warp_index() == 0) Walk(params, shared).resume(found);
     __syncthreads();
     need = shared.walk.need;
   } while (need != Need::kNothing);
-  context.note(Mark::kTests);
-  if (group_rank() == 0) write(context, shared.walk.decision);
+  context.note(Mark::kWalk);
+  if (group_rank() == 0) write(params, shared, context.sequence);
   context.note(Mark::kEnd);
-  // The last barrier stood behind the last write into another block's memory: blocks may leave as they are done.
+  // This block has got all that others send to it, so it may leave.
 }
 
 int shared_bytes(int vocab_size) {
@@ -601,13 +706,19 @@ int shared_bytes(int vocab_size) {
 }  // namespace
 
 int verify(const VerifyParams& params, void* stream) {
-  static_assert(sizeof(TreeNode) == 32 && sizeof(TileStats) == 8 && sizeof(Shared) % 16 == 0);
-  static const cudaError_t prepared = prepare_groups(verify_kernel, shared_bytes(kMaxVocab));
-  if (prepared != cudaSuccess) return prepared;
-  const GroupLaunch launch(params.batch_size, params.cluster_size, kThreads, shared_bytes(params.vocab_size), stream);
-  return cudaLaunchKernelEx(&launch.config, verify_kernel, params);
+  static_assert(sizeof(TreeNode) == 32 && sizeof(Shared) % 16 == 0);
+  return for_type(params.logit_type, [&](auto type) -> int {
+    const auto kernel = verify_kernel<decltype(type)::value>;
+    static const cudaError_t prepared = prepare_groups(kernel, shared_bytes(kMaxVocab));
+    if (prepared != cudaSuccess) return prepared;
+    const int size = usable_group(params.cluster_size, num_tiles(params.vocab_size));
+    const GroupLaunch launch(params.batch_size, size, kThreads, shared_bytes(params.vocab_size), stream);
+    return cudaLaunchKernelEx(&launch.config, kernel, params);
+  });
 }
 
-int max_verify_group() { return max_group_size(verify_kernel, kThreads, shared_bytes(kMaxVocab)); }
+int max_verify_group() {
+  return max_group_size(verify_kernel<LogitType::kFloat>, kThreads, shared_bytes(kMaxVocab));
+}
 
 }  // namespace fastspec

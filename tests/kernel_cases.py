@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from dataclasses import dataclass
 
 import torch
@@ -146,6 +148,11 @@ def random_case(
     if mishap == "absent":
         tokens[torch.rand(tokens.shape, generator=generator) < 0.2] = -1
         tokens[:, 0] = 0
+        if kind == "onehot":
+            # A later sibling alone would be a token of probability 1e-13, whose residual only doubles can tell.
+            for children in tree.children:
+                for elder, younger in itertools.pairwise(children):
+                    tokens[tokens[:, elder] < 0, younger] = -1
     elif (
         mishap == "random tokens" and relation != "same"
     ):  # p = q leaves rounding alone, which no test can compare
