@@ -39,8 +39,7 @@ class Request:
         draft_params: how the draft samples, if not like the target; any choice leaves the law alone.
         seed: key of the sequence's random numbers, modulo 2**64.
         eos_token_ids: tokens that end it.
-        padding_ids: tokens before the prompt that the model does not see; like transformers, the repetition
-            penalty counts them as seen.
+        padding_ids: tokens outside the prompt that the repetition penalty counts as seen all the same.
     """
 
     prompt: Prompt

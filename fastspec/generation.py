@@ -242,7 +242,7 @@ class DecodingLoop:
         seeds = self._seeds(batch)
         do_sample = bool(generation_config.do_sample)
         eos = _as_list(getattr(generation_config, "_eos_token_tensor", None))
-        translated = translate(logits_processor, length, eos)
+        translated = translate(logits_processor, length, starts, eos)
         new_tokens = generation_config.max_length - length
         decoder = SpeculativeDecoder(
             model,
@@ -269,7 +269,7 @@ class DecodingLoop:
                 translated.params(prompt.num_tokens, do_sample),
                 seed=seed,
                 eos_token_ids=tuple(eos),
-                padding_ids=tuple(row[:start].unique().tolist()),
+                padding_ids=tuple(row[:start].unique().tolist()) if translated.penalises_padding else (),
             )
             for prompt, seed, row, start in zip(prompts, seeds, input_ids, starts, strict=True)
         ]

@@ -32,7 +32,11 @@ def load_image(path: str | Path) -> Image:
         image = Image.open(path, formats=FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a {', '.join(FORMATS)} image") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:  # Pillow's own limit, in force however ours is set
+        raise ValueError(
+            f"{path} has more pixels than the limit of {max_image_pixels():,} (FASTSPEC_MAX_IMAGE_PIXELS): {error}"
+        ) from None
+    except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from None
     with image:
         width, height = image.size

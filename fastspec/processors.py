@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.generation.logits_process import (
@@ -45,6 +46,7 @@ class TranslatedProcessors:
     Attributes:
         temperature, top_k, top_p, min_p, repetition_penalty: as in :class:`SamplingParams`.
         min_new_tokens: tokens of the answer before an end-of-sequence token may come.
+        penalises_padding: whether the repetition penalty counts left padding (transformers 5.17 does, 5.23 does not).
         foreign: processors that no parameter expresses; if there are any, the whole list runs in Python.
     """
 
@@ -54,6 +56,7 @@ class TranslatedProcessors:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     min_new_tokens: int = 0
+    penalises_padding: bool = False
     foreign: tuple[object, ...] = ()
 
     def params(self, prompt_tokens: int, do_sample: bool) -> SamplingParams:
@@ -69,19 +72,20 @@ class TranslatedProcessors:
 
 
 def translate(
-    processors: LogitsProcessorList, prompt_length: int, eos_token_ids: Sequence[int]
+    processors: LogitsProcessorList, prompt_length: int, starts: Sequence[int], eos_token_ids: Sequence[int]
 ) -> TranslatedProcessors:
     """Reads the processors that ``generate`` built.
 
     Args:
         processors: the prepared list.
         prompt_length: padded length of the prompts, from which transformers counts.
+        starts: where each prompt begins after its padding.
         eos_token_ids: the tokens that end a sequence, which a minimum length holds back.
 
     Raises:
         ValueError: for a processor that no speculative decoding can honour.
     """
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     foreign, last = [], -1
     for processor in processors:
         if isinstance(processor, _STATEFUL):
@@ -91,12 +95,13 @@ def translate(
             )
         place = _NATIVE_ORDER.index(type(processor)) if type(processor) in _NATIVE_ORDER else -1
         # Repetition penalty and minimum length commute; among the others the order counts.
-        if place <= last or not _is_native(processor, prompt_length, eos_token_ids):
+        if place <= last or not _is_native(processor, prompt_length, starts, eos_token_ids):
             foreign.append(processor)
             continue
         last = place
         if isinstance(processor, RepetitionPenaltyLogitsProcessor):
             found["repetition_penalty"] = processor.penalty
+            found["penalises_padding"] = processor.prompt_ignore_length is None
         elif isinstance(processor, MinLengthLogitsProcessor):
             found["min_new_tokens"] = max(
                 found.get("min_new_tokens", 0), processor.min_length - prompt_length
@@ -114,11 +119,14 @@ def translate(
     return TranslatedProcessors(**found, foreign=tuple(foreign))
 
 
-def _is_native(processor: object, prompt_length: int, eos_token_ids: Sequence[int]) -> bool:
+def _is_native(
+    processor: object, prompt_length: int, starts: Sequence[int], eos_token_ids: Sequence[int]
+) -> bool:
     if type(processor) not in _NATIVE_ORDER:
         return False
     if isinstance(processor, RepetitionPenaltyLogitsProcessor):
-        return not isinstance(processor.prompt_ignore_length, int)
+        ignored = processor.prompt_ignore_length
+        return ignored is None or (isinstance(ignored, torch.Tensor) and ignored.tolist() == list(starts))
     if isinstance(processor, (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)):
         # A user's own may hold back other tokens or count from elsewhere.
         counted_from = getattr(processor, "prompt_length_to_skip", prompt_length)

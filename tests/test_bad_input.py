@@ -1,5 +1,9 @@
 """Bad input gets an error that names what was expected and what came, before any work."""
 
+import random
+import struct
+import zlib
+
 import pytest
 import torch
 from models import (
@@ -12,7 +16,16 @@ from models import (
     tiny_llava,
 )
 from PIL import Image
-from transformers import CLIPVisionModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    CLIPVisionModel,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import fastspec
 from fastspec import DraftTree, SpeculativeDecoder
@@ -55,6 +68,8 @@ def test_no_draft_or_the_wrong_kind_of_model():
     refused(TypeError, "target must be a LLaVA-shaped model .*, got str", target="llava-hf/llava-1.5-7b-hf")
     with pytest.raises(TypeError, match="got NoneType"):
         SpeculativeDecoder(None, TEXT)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
+    refused(ValueError, "unsupported text model 'gpt2'; supported: llama, mistral, qwen2", draft=gpt2)
 
 
 def test_models_with_other_positions_are_refused_by_name():
@@ -93,6 +108,15 @@ def test_vocabularies_that_disagree():
         r"disagree on 2 tokens, for example 'w1': id 1 in the target's, 0 in the draft's",
         tokenizer=Tokenizer(words),
         draft_tokenizer=Tokenizer(swapped),
+    )
+
+
+def test_tokenizers_that_are_none():
+    refused(
+        TypeError,
+        "expected a tokenizer or processor of transformers, got str",
+        tokenizer="llama",
+        draft_tokenizer="llama",
     )
 
 
@@ -192,6 +216,11 @@ def test_speculation_arguments(arguments, message):
     refused(ValueError, message, **arguments)
 
 
+@pytest.mark.parametrize("seed", [1.5, "seven", ["a"], [1.0]], ids=repr)
+def test_seeds_of_the_wrong_type(seed):
+    refused(TypeError, "seed must be an integer or a list of integers, got", seed=seed)
+
+
 def test_tree_and_ngram_of_the_wrong_type():
     refused(TypeError, "tree must be a fastspec.DraftTree, got list", tree=[[1], []])
     with pytest.raises(ValueError, match="max_ngram must be at least 1, got 0"):
@@ -228,6 +257,7 @@ def test_tree_and_ngram_of_the_wrong_type():
             "num_assistant_tokens belongs to transformers' assisted generation; here it is gamma",
         ),
         ({"custom_generate": "org/repo"}, "fastspec.generate is itself a custom_generate"),
+        ({"synced_gpus": True}, "synced_gpus=True cannot be honoured"),
         ({"temprature": 0.3}, "temprature"),
         ({"labels": torch.zeros(1, 1)}, "these arguments cannot be honoured: labels"),
     ],
@@ -278,6 +308,26 @@ def test_masks_and_positions():
     refused(ValueError, "position_ids must count from 0", inputs={**inputs, "position_ids": positions})
 
 
+def test_prompts_that_are_not_token_ids_from_the_start():
+    inputs = picture_inputs()
+    embeddings = torch.zeros(1, 13, 32)
+    refused(ValueError, "input_ids are missing.*inputs_embeds is not", inputs={"inputs_embeds": embeddings})
+    refused(
+        ValueError,
+        "these arguments cannot be honoured: inputs_embeds",
+        inputs={**inputs, "inputs_embeds": embeddings},
+    )
+    cache = DynamicCache(config=TARGET.config.get_text_config())
+    filled = torch.zeros(1, 2, 3, 8)
+    for layer in range(2):
+        cache.update(filled, filled, layer)
+    refused(
+        ValueError,
+        "past_key_values with content cannot be honoured: pass the whole prompt",
+        past_key_values=cache,
+    )
+
+
 def test_models_on_several_devices():
     draft = tiny_llama()
     draft.model.embed_tokens.weight = torch.nn.Parameter(draft.model.embed_tokens.weight.to("meta"))
@@ -300,6 +350,26 @@ def test_an_image_draft_without_pixels_is_said_before_any_work(monkeypatch):
 
     with pytest.raises(ValueError, match="an image draft needs pixel_values, got image features only"):
         SpeculativeDecoder(TARGET, CLONE).prefill([Request(prompts[0], 4)])
+
+
+def test_an_image_draft_that_cannot_take_the_targets_pictures():
+    """Its pictures must have the target's size, and take no more tokens."""
+
+    def draft(**vision):
+        config = TARGET.config.to_dict()
+        config["vision_config"] = {**config["vision_config"], **vision}
+        return LlavaForConditionalGeneration(LlavaConfig(**config)).eval()
+
+    with pytest.raises(
+        ValueError,
+        match=r"the draft's pixel_values must have shape \[images, 3, 32, 32\], got \[1, 3, 16, 16\]",
+    ):
+        fastspec.generate(TARGET, draft=draft(image_size=32), **picture_inputs(), max_new_tokens=4)
+    with pytest.raises(
+        ValueError,
+        match="the draft's image tokens make its prompt 25 tokens long, longer than the target's 13",
+    ):
+        fastspec.generate(TARGET, draft=draft(patch_size=4), **picture_inputs(), max_new_tokens=4)
 
 
 def test_inputs_survive_a_refusal():
@@ -367,6 +437,39 @@ def test_image_files_that_cannot_be_used(picture, tmp_path, monkeypatch):
         ValueError, match=r"has 40 x 40 pixels, more than the limit of 1,000 \(FASTSPEC_MAX_IMAGE_PIXELS\)"
     ):
         load_image(picture("large.png", size=(40, 40)))
+
+
+def test_an_image_file_cut_or_altered_anywhere_is_refused_or_loads(picture, exhaustive):
+    """Whatever is left of it, nothing but ValueError comes out."""
+    generator = random.Random(0)
+    refusals = 0
+    for name in ("a.png", "a.jpg", "a.webp"):
+        path = picture(name, size=(40, 40))
+        whole = path.read_bytes()
+        for _ in range(300 if exhaustive else 60):
+            if generator.random() < 0.5:
+                broken = whole[: generator.randrange(len(whole))]
+            else:
+                place = generator.randrange(len(whole) - 4)
+                broken = whole[:place] + generator.randbytes(4) + whole[place + 4 :]
+            path.write_bytes(broken)
+            try:
+                assert load_image(path).mode == "RGB"
+            except ValueError:
+                refusals += 1
+    assert refusals > 60
+
+
+def test_a_header_that_promises_a_bomb_is_refused(tmp_path):
+    """A few bytes that claim 100,000 x 100,000 pixels."""
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    chunk = (
+        struct.pack(">I", len(header)) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    )
+    bomb = tmp_path / "bomb.png"
+    bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 9) + b"IDAT")
+    with pytest.raises(ValueError, match=r"more pixels than the limit of 64,000,000 \(FASTSPEC_MAX_IMAGE"):
+        load_image(bomb)
 
 
 def test_the_pixel_limit_is_checked_before_decoding(picture, monkeypatch):

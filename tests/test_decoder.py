@@ -183,6 +183,7 @@ def test_a_drafted_token_that_the_weights_turn_into_nan_is_only_rejected():
             assert torch.equal(fastspec.generate(target, draft=draft, **inputs, **greedy, **kind), expected)
 
 
+@pytest.mark.filterwarnings("ignore:sequence . ended early")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["embed_tokens", "layers.0.self_attn.v_proj", "layers.1.mlp.down_proj"])
 def test_broken_weights_end_the_sequences_they_reach(where, value):

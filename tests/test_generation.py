@@ -5,6 +5,7 @@ import gc
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from models import (
@@ -21,7 +22,10 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     MaxTimeCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     TextIteratorStreamer,
     TextStreamer,
@@ -175,6 +179,49 @@ def test_arguments_are_honoured(arguments):
             assert torch.equal(expected, ours)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda said: MinNewTokensLengthLogitsProcessor(13, 20, said),
+        lambda said: MinLengthLogitsProcessor(33, said),
+        lambda said: MinNewTokensLengthLogitsProcessor(3, 20, [2]),
+    ],
+    ids=["other ends", "other ends by length", "counted from elsewhere"],
+)
+def test_a_minimum_length_of_the_users_own_is_not_taken_for_the_built_in_one(make):
+    """It may hold back other tokens than the ends of this call."""
+    inputs = picture_inputs(2)
+    said = TARGET.generate(**inputs, **GREEDY)[0, 16:19].tolist()
+    with pytest.warns(UserWarning, match="run in Python at every drafted token"):
+        expected, ours = both(inputs, **GREEDY, logits_processor=[make(said)])
+    assert torch.equal(expected, ours)
+
+
+def test_a_repetition_penalty_treats_padding_as_transformers_does():
+    """5.17 counts it as seen, 5.23 does not; where padding is the end token, that decides when a text ends."""
+    rows = [picture_inputs(text_tokens=n, seed=n)["input_ids"][0] for n in (3, 9)]
+    pixels = picture_inputs(2)["pixel_values"]
+    for penalty in (0.3, 1.5, 5.0):
+        for padding in (37, 41, 47):  # what the model likes to say first
+            inputs = {**left_padded(rows, pad_token_id=padding), "pixel_values": pixels}
+            for given in (
+                {"repetition_penalty": penalty},
+                {"logits_processor": [RepetitionPenaltyLogitsProcessor(penalty)]},
+            ):
+                expected, ours = both(inputs, **GREEDY, **given)
+                assert torch.equal(expected, ours)
+
+
+def test_a_model_used_in_inference_mode_can_be_trained_afterwards():
+    target = tiny_llava(seed=5)
+    inputs = picture_inputs()
+    with torch.inference_mode():
+        ours = fastspec.generate(target, draft=TEXT, **inputs, **GREEDY)
+        assert torch.equal(ours, target.generate(**inputs, **GREEDY))
+    target(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert target.model.language_model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
+
+
 def test_the_models_generation_config_counts():
     target = noisy_clone(TARGET, noise=0.0)
     target.generation_config.max_new_tokens = 7
@@ -246,7 +293,8 @@ def test_stopping_criteria_are_judged_after_every_token():
         assert ours.lengths == theirs.lengths
 
 
-def test_stop_strings_end_the_text_where_they_occur():
+@pytest.fixture(scope="module")
+def tokenizer():
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -255,7 +303,10 @@ def test_stop_strings_end_the_text_where_they_occur():
     # transformers' criterion probes the vocabulary with the word abcdef.
     words = Tokenizer(WordLevel({"abcdef" if i == 0 else f"w{i}": i for i in range(64)}, unk_token="abcdef"))
     words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
+def test_stop_strings_end_the_text_where_they_occur(tokenizer):
     inputs = picture_inputs()
     plain = TARGET.generate(**inputs, **GREEDY)
     stop = f"w{int(plain[0, 13 + 4])}"
@@ -269,6 +320,27 @@ def test_stop_strings_end_the_text_where_they_occur():
     assert torch.equal(expected, TARGET.generate(**inputs, **GREEDY, custom_generate=loop))
     with pytest.raises(ValueError, match="stop_strings needs tokenizer, got None"):
         fastspec.generate(TARGET, draft=TARGET, **inputs, **GREEDY, stop_strings=[stop])
+    with pytest.raises(ValueError, match="stop_strings needs tokenizer, got None"):
+        fastspec.custom_generate(TARGET, stop_strings=[stop])
+
+
+@pytest.mark.parametrize("where", ["the model's generation_config", "the generation_config passed"])
+def test_stop_strings_of_a_generation_config_count(where, tokenizer):
+    inputs = picture_inputs()
+    plain = TARGET.generate(**inputs, **GREEDY)
+    stop = f"w{int(plain[0, 13 + 4])}"
+    target = noisy_clone(TARGET, noise=0.0)
+    arguments = {"tokenizer": tokenizer}
+    if where == "the model's generation_config":
+        target.generation_config.stop_strings = [stop]
+        arguments |= GREEDY
+    else:
+        arguments["generation_config"] = GenerationConfig(
+            **GREEDY, stop_strings=[stop], pad_token_id=0, eos_token_id=2
+        )
+    expected = target.generate(**inputs, **arguments)
+    assert expected.shape[1] < plain.shape[1]
+    assert torch.equal(fastspec.generate(target, draft=CLONE, **inputs, **arguments), expected)
 
 
 def test_max_time_stops():
@@ -354,6 +426,9 @@ def test_return_dict_with_scores_and_logits():
             assert len(theirs) == len(mine)
             torch.testing.assert_close(mine[3], theirs[3], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(mine[-1][0], theirs[-1][0], rtol=1e-4, atol=1e-4)
+    bare = fastspec.generate(TARGET, draft=CLONE, **picture_inputs(), **GREEDY, return_dict_in_generate=True)
+    assert bare.scores is None
+    assert bare.logits is None
     record = ours.speculation
     assert record.finish_reasons == (FinishReason.LENGTH, FinishReason.LENGTH)
     assert [len(row) for row in record.drafted] == [24, 24]
@@ -363,35 +438,54 @@ def test_return_dict_with_scores_and_logits():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"top_k": 0}, {"temperature": 0.6, "top_p": 0.8, "top_k": 10}], ids=str
+    "arguments",
+    [
+        {},
+        {"top_k": 0},
+        {"temperature": 0.6, "top_p": 0.8, "top_k": 10},
+        {"min_p": 0.1, "temperature": 1.5},
+        {"repetition_penalty": 1.8, "top_k": 8},
+        {"typical_p": 0.6},
+        {"epsilon_cutoff": 0.03, "top_k": 0},
+        {"eta_cutoff": 0.1, "top_k": 0, "temperature": 0.8},
+    ],
+    ids=str,
 )
+@pytest.mark.filterwarnings("ignore:these logits processors run in Python")
 def test_sampled_tokens_follow_transformers_processed_law(arguments):
-    """The second token's law, given the first, through the front door; do_sample brings top-k 50 as in transformers."""
+    """The first token, of the prefill, and the second, of a cycle: do_sample brings top-k 50 as in transformers."""
+    arguments = {"do_sample": True, "min_new_tokens": 2, **arguments}
     inputs = picture_inputs(8)
-    inputs = {name: value[:1].expand(8, *value.shape[1:]) for name, value in inputs.items()}
     one = {name: value[:1] for name, value in inputs.items()}
-    scores = TARGET.generate(
-        **one, do_sample=True, max_new_tokens=1, output_scores=True, return_dict_in_generate=True, **arguments
-    ).scores[0]
-    law = scores.softmax(-1)[0].double()
-    counts = torch.zeros_like(law)
-    for call in range(60):
-        tokens = fastspec.generate(
-            TARGET,
-            draft=CLONE,
-            gamma=2,
-            **inputs,
-            do_sample=True,
-            max_new_tokens=2,
-            seed=8 * call,
-            **arguments,
+    eight = {name: value[:1].expand(8, *value.shape[1:]) for name, value in inputs.items()}
+
+    def processed_laws(**prompts):
+        output = TARGET.generate(
+            **prompts, **arguments, max_new_tokens=2, output_scores=True, return_dict_in_generate=True
         )
-        counts += torch.bincount(tokens[:, 13], minlength=len(law))
-    assert counts[law == 0].sum() == 0
-    expected = law * counts.sum()
-    large = expected > 5
-    statistic = ((counts - expected)[large] ** 2 / expected[large]).sum()
-    assert statistic < large.sum() + 10 * (2 * large.sum()) ** 0.5
+        return output.scores[0].double().softmax(-1)
+
+    first = processed_laws(**one)[0]
+    after = {"input_ids": torch.cat([one["input_ids"].expand(64, -1), torch.arange(64)[:, None]], dim=1)}
+    after["pixel_values"] = one["pixel_values"].expand(64, -1, -1, -1)
+    after["input_ids"][IMAGE_TOKEN_ID, -1] = 0  # a second image would be missing; the law below is not used
+    assert first[IMAGE_TOKEN_ID] < 1e-3
+    second = processed_laws(**after, attention_mask=torch.ones_like(after["input_ids"]))
+    second[IMAGE_TOKEN_ID] = 1 / 64
+    joint = first[:, None] * second
+
+    counts = torch.zeros(64, 64, dtype=torch.float64)
+    for call in range(50):
+        tokens = fastspec.generate(
+            TARGET, draft=CLONE, gamma=2, **eight, max_new_tokens=2, seed=8 * call, **arguments
+        )
+        counts.index_put_((tokens[:, 13], tokens[:, 14]), torch.ones(8, dtype=torch.float64), accumulate=True)
+    assert counts[joint == 0].sum() == 0, "a token was said that transformers' processors forbid"
+    for observed, law in ((counts.sum(1), joint.sum(1)), (counts.sum(0), joint.sum(0))):
+        expected = law * counts.sum()
+        large = expected > 5
+        statistic = ((observed - expected)[large] ** 2 / expected[large]).sum()
+        assert statistic < large.sum() + 5 * (2 * large.sum()) ** 0.5
 
 
 def test_seeds_generators_and_the_global_seed():
@@ -404,6 +498,9 @@ def test_seeds_generators_and_the_global_seed():
     assert torch.equal(run(seed=5), run(seed=5))
     assert not torch.equal(run(seed=5), run(seed=6))
     assert torch.equal(run(seed=5), run(seed=[5, 6]))
+    assert torch.equal(run(seed=5), run(seed=np.int64(5)))
+    assert torch.equal(run(seed=5), run(seed=2**64 + 5)), "seeds count modulo 2**64"
+    assert not torch.equal(run(seed=5), run(seed=2**63 + 5))
     first = run(generator=torch.Generator().manual_seed(1))
     assert torch.equal(first, run(generator=torch.Generator().manual_seed(1)))
     torch.manual_seed(3)
@@ -469,6 +566,12 @@ def test_through_transformers_own_door(draft):
     assert torch.equal(expected, TARGET.generate(**inputs, **GREEDY, custom_generate=loop)), (
         "the loop is reusable"
     )
+    copies = {"do_sample": True, "top_k": 1, "max_new_tokens": 24, "num_return_sequences": 3}
+    repeated = TARGET.generate(**inputs, **copies, custom_generate=loop, return_dict_in_generate=True)
+    assert torch.equal(expected.repeat_interleave(3, dim=0), repeated.sequences)
+    assert repeated.speculation.target_passes > 0
+    with pytest.raises(ValueError, match="num_beams=2 cannot be honoured: beam search is not supported"):
+        TARGET.generate(**inputs, num_beams=2, max_new_tokens=4, custom_generate=loop)
 
 
 def test_decoder_is_reusable_and_streams():
@@ -507,7 +610,8 @@ def test_nan_logits_end_that_sequence_marked_and_the_others_go_on():
     expected = TARGET.generate(**inputs, **GREEDY)
     broken = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
     broken["pixel_values"][1] = float("nan")
-    output = fastspec.generate(TARGET, draft=CLONE, **broken, **GREEDY, return_dict_in_generate=True)
+    with pytest.warns(UserWarning, match="sequence 1 ended early: the target's logits were NaN or infinite"):
+        output = fastspec.generate(TARGET, draft=CLONE, **broken, **GREEDY, return_dict_in_generate=True)
     reasons = output.speculation.finish_reasons
     assert reasons == (FinishReason.LENGTH, FinishReason.INVALID_LOGITS, FinishReason.LENGTH)
     assert torch.equal(output.sequences[[0, 2]], expected[[0, 2]])
