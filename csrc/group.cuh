@@ -69,28 +69,28 @@ class Exchange {
 
   // All blocks have started; orders the shared memory of this block as __syncthreads() does.
   __device__ __forceinline__ void meet() {
+    __syncthreads();  // and brings the threads of a warp together, as the cluster's barrier needs them
 #if FASTSPEC_CLUSTERS
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
-    __syncthreads();
   }
 
   // By one thread: how many bytes this block will get.
   __device__ __forceinline__ void expect(int turn, int bytes) {
 #if FASTSPEC_CLUSTERS
+    if (group_size() == 1) return;
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&received_[turn & 1])),
                  "r"(bytes)
                  : "memory");
 #endif
   }
 
-  // Waits for them; by all threads of the block.
+  // Waits for them; by all threads of the block, which must meet once before the next turn but one.
   __device__ __forceinline__ void wait(int turn) {
 #if FASTSPEC_CLUSTERS
-    poll(turn);
-#else
-    __syncthreads();
+    if (group_size() > 1) return poll(turn);
 #endif
+    __syncthreads();
   }
 
   __device__ __forceinline__ const uint64_t* received(int turn) const { return &received_[turn & 1]; }
@@ -130,6 +130,10 @@ class Broadcast {
     static_assert(sizeof(T) == 8 || sizeof(T) % 16 == 0);
 #if FASTSPEC_CLUSTERS
     if (lane_index() >= group_size()) return;
+    if (group_size() == 1) {  // asynchronous stores need a second block
+      array_[index] = value;
+      return;
+    }
     const uint32_t address = address_ + index * static_cast<uint32_t>(sizeof(T));
     const uint32_t* words = reinterpret_cast<const uint32_t*>(&value);
     if constexpr (sizeof(T) == 8) {

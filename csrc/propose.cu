@@ -226,6 +226,7 @@ __global__ void __launch_bounds__(kThreads, 1) propose_kernel(const __grid_const
       for_each_piece(num_pieces, [&](int, int first) { write_law(task, stats, {}, first, last.token); });
     }
     if (group_rank() == 0 && threadIdx.x == 0) children[child] = last.score > -kInfinity ? last.token : -1;
+    __syncthreads();  // a turn is over for all warps before the next but one
   }
   // This block has got all that others send to it, so it may leave.
 }
