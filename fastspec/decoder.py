@@ -101,7 +101,6 @@ class SpeculativeDecoder:
         tokenizer: object = None,
         draft_tokenizer: object = None,
     ):
-        check_target(target)
         self.draft = None if draft is None else make_draft(draft)
         self.tree = resolve_tree(self.draft, gamma, tree)
         self.rule = check_pair(target, self.draft, self.tree, rule, tokenizer, draft_tokenizer)
@@ -206,8 +205,7 @@ class SpeculativeDecoder:
         Abandoning the iterator leaves the decoder usable.
         """
         self.prefill(requests)
-        commitment = self.poll()
-        yield commitment
+        yield self.poll()
         while (self.state.reason == FinishReason.RUNNING).any():
             self.cycle()
             yield self.poll()

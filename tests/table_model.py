@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastspec import DraftTree, decoder
-from fastspec.decoder import Request, SpeculativeDecoder
+from fastspec import DraftTree
+from fastspec.decoder import SpeculativeDecoder
 from fastspec.draft import TextDraft
-from fastspec.model.vision import Prompt
 from fastspec.ops import Verifier
 from fastspec.sampling import SamplingParams
 from fastspec.state import DecodeState, FinishReason
@@ -85,10 +84,10 @@ def table_decoder(
 
 
 def sample_tokens(
-    decoder_: SpeculativeDecoder, num_tokens: int, params: SamplingParams, first_seed: int
+    decoder: SpeculativeDecoder, num_tokens: int, params: SamplingParams, first_seed: int
 ) -> torch.Tensor:
     """The first tokens of one answer per sequence, each with its own seed: ``[B, num_tokens]``."""
-    state = decoder_.state
+    state = decoder.state
     device = state.tokens.device
     prompt = torch.zeros(1, dtype=torch.int64, device=device)
     state.clear()
@@ -101,16 +100,13 @@ def sample_tokens(
     state.tokens[:, 0] = 0
     state.max_tokens[:] = 1 + num_tokens
     state.reason[:] = FinishReason.RUNNING
-    state.sampling.seed[:] = torch.arange(first_seed, first_seed + decoder_.batch_size, device=device)
-    if decoder_.draft is not None:
-        decoder_.draft._length[:] = 1
-    first = decoder_.target.table[0, 0].repeat(decoder_.batch_size, 1, 1)
-    decoder_._accept(first, DraftTree.chain(0), first=True)
+    state.sampling.seed[:] = torch.arange(first_seed, first_seed + decoder.batch_size, device=device)
+    if decoder.draft is not None:
+        decoder.draft._length[:] = 1
+    first = decoder.target.table[0, 0].repeat(decoder.batch_size, 1, 1)
+    decoder._accept(first, DraftTree.chain(0), first=True)
     for _ in range(num_tokens):
         if not (state.reason == FinishReason.RUNNING).any():
             break
-        decoder_.cycle()
+        decoder.cycle()
     return state.tokens[:, 1 : 1 + num_tokens]
-
-
-__all__ = ["Prompt", "Request", "TableDraft", "TableTransformer", "decoder", "sample_tokens", "table_decoder"]
