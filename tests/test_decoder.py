@@ -1,8 +1,10 @@
 """The decoder's own promises: a cycle that a graph can hold, and sequences that do not disturb each other."""
 
+import itertools
+
 import pytest
 import torch
-from models import noisy_clone, picture_inputs, tiny_llama, tiny_llava
+from models import IMAGE_TOKEN_ID, noisy_clone, picture_inputs, tiny_llama, tiny_llava
 from torch.overrides import TorchFunctionMode
 
 import fastspec
@@ -266,6 +268,44 @@ def test_drafter_invariant_text_is_that_of_plain_decoding(params):
         for shape in ({"gamma": 1}, {"gamma": 6}, {"tree": TREE}, {"tree": DraftTree.kary((4,))}):
             assert text(draft, **shape) == expected
     assert text("ngram", gamma=3) == expected
+
+
+def test_a_draft_with_the_targets_law_is_always_accepted_under_shared_noise():
+    decoder = SpeculativeDecoder(TARGET, TARGET, rule="drafter_invariant", gamma=4, capacity=64)
+    for _ in decoder.stream(requests(1, eos_token_ids=())):
+        pass
+    assert decoder.record().cycles == (4,)  # 1 token of the prefill, then 5, 5, 5 and the last 4
+
+
+@pytest.mark.parametrize("draft", [TEXT, CLONE], ids=["text", "image"])
+@pytest.mark.parametrize("tree", [DraftTree.chain(3), TREE], ids=["chain", "tree"])
+@torch.no_grad()
+def test_a_draft_reads_what_it_should_at_compact_positions(draft, tree):
+    """q of every node is the draft's law, by transformers, after its own prefix.
+
+    For a text draft that prefix is the prompt without its image tokens; an image draft sees the picture.
+    """
+    decoder = SpeculativeDecoder(TARGET, draft, tree=tree, batch_size=2, capacity=64)
+    inputs = picture_inputs(2)
+    params = SamplingParams(temperature=4.0)  # flat, so that even a stranger's tokens are accepted at times
+    decoder.prefill(requests(2, params=params, eos_token_ids=()))
+    state, kept = decoder.state, set()
+    for _ in range(5):
+        answers = [state.tokens[row, 13 : state.num_tokens[row]].tolist() for row in range(2)]
+        decoder.cycle()
+        kept |= set(state.num_new.tolist())
+        for row, node in itertools.product(range(2), tree.inner):
+            path = answers[row] + state.tree_tokens[row, list(tree.path(node)[1:])].tolist()
+            if IMAGE_TOKEN_ID in path:
+                continue  # transformers would look for a second picture
+            prompt = inputs["input_ids"][row].tolist()
+            picture = {"pixel_values": inputs["pixel_values"][row : row + 1]}
+            if draft is TEXT:
+                prompt, picture = [token for token in prompt if token != IMAGE_TOKEN_ID], {}
+            law = draft(input_ids=torch.tensor([prompt + path]), **picture).logits[0, -1].div(4.0).softmax(-1)
+            q = state.draft_logits[row, tree.inner_index[node]].softmax(-1)
+            torch.testing.assert_close(q, law, rtol=1e-3, atol=1e-5)
+    assert len(kept) > 1, "acceptance was never ragged"
 
 
 def test_the_draft_may_sample_another_way_than_the_target():

@@ -30,6 +30,7 @@ from transformers import (
     TextIteratorStreamer,
     TextStreamer,
 )
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import fastspec
@@ -304,6 +305,17 @@ def tokenizer():
     words = Tokenizer(WordLevel({"abcdef" if i == 0 else f"w{i}": i for i in range(64)}, unk_token="abcdef"))
     words.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
+@pytest.mark.parametrize("criterion", [MaxLengthCriteria(22), EosTokenCriteria], ids=["length", "end"])
+def test_built_in_criteria_of_the_users_own_count_besides_the_configs(criterion):
+    inputs = picture_inputs(2)
+    plain = TARGET.generate(**inputs, **GREEDY)
+    if criterion is EosTokenCriteria:
+        criterion = EosTokenCriteria(plain[0, 18:20].tolist())
+    expected, ours = both(inputs, **GREEDY, stopping_criteria=[criterion])
+    assert torch.equal(expected, ours)
+    assert not torch.equal(expected, plain)
 
 
 def test_stop_strings_end_the_text_where_they_occur(tokenizer):
