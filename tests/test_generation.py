@@ -20,6 +20,8 @@ from models import (
 )
 from transformers import (
     GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LogitsProcessor,
     MaxTimeCriteria,
     MinLengthLogitsProcessor,
@@ -35,6 +37,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import fastspec
 from fastspec import DraftTree, Rule, SpeculativeDecoder
+from fastspec.decoder import Request
+from fastspec.generation import make_prompts
 from fastspec.sampling import SamplingParams
 from fastspec.state import FinishReason
 
@@ -103,21 +107,24 @@ def test_a_llava_draft_sees_the_image():
     assert without.speculation.block_efficiency < output.speculation.block_efficiency
 
 
+@torch.no_grad()
 def test_an_image_draft_may_use_fewer_image_tokens():
-    from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
-
+    """Each of its images stands where the target's stood, as transformers would place it."""
     config = CLONE.config.to_dict()
-    config["vision_config"] = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=16,
-    ).to_dict()
-    draft = LlavaForConditionalGeneration(type(CLONE.config)(**config)).eval()
+    config["vision_config"] |= {"patch_size": 16}  # one token per image
+    draft = LlavaForConditionalGeneration(LlavaConfig(**config)).eval()
     expected, ours = both(picture_inputs(2, images=2), draft=draft, **GREEDY)
     assert torch.equal(expected, ours)
+
+    image, pixels = [IMAGE_TOKEN_ID], picture_inputs(1, images=2)["pixel_values"]
+    ids = torch.tensor([[1, *image * 4, 9, 8, *image * 4, 11]])
+    (prompt,) = make_prompts(TARGET, ids, [0], {"pixel_values": pixels})
+    decoder = SpeculativeDecoder(TARGET, draft, capacity=64)
+    embeddings = decoder.draft.prompt_embeddings(prompt)
+    transformer = decoder.draft.transformer
+    hidden = transformer.prefill(embeddings, transformer.new_cache(1, 16), 0)
+    theirs = draft(input_ids=torch.tensor([[1, *image, 9, 8, *image, 11]]), pixel_values=pixels).logits[0]
+    torch.testing.assert_close(transformer.logits(hidden), theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_prompts_of_different_lengths_padded_on_the_left():
@@ -587,9 +594,6 @@ def test_through_transformers_own_door(draft):
 
 
 def test_decoder_is_reusable_and_streams():
-    from fastspec.decoder import Request
-    from fastspec.generation import make_prompts
-
     decoder = SpeculativeDecoder(TARGET, CLONE, gamma=3, batch_size=2, capacity=64)
     for batch in (2, 1, 2):
         inputs = picture_inputs(batch, seed=batch)
