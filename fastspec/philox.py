@@ -68,7 +68,9 @@ def philox4x32(counter: tuple, key: tuple) -> tuple[torch.Tensor, ...]:
     return c0, c1, c2, c3
 
 
-def _blocks(seed, position, stream: int, node, quad) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+def _blocks(
+    seed, position, stream: int, node, quad
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """High and low words of the four lanes of a quad."""
     key = seed & _MASK, seed >> 32 & _MASK
     counter = quad, node + (int(stream) << 16), position & _MASK

@@ -86,9 +86,14 @@ class Kernel(NamedTuple):
 def kernels() -> dict[str, Kernel]:
     """The kernels in their default configurations: chains and trees."""
     found = {}
-    for name, rule, nodes in (("block", 1, 16), ("recursive_rejection", 2, 128), ("target_only", 3, 128)):
+    for name, rule, nodes in (
+        ("block", 1, 16),
+        ("recursive_rejection", 2, 128),
+        ("target_only", 3, 128),
+        ("drafter_invariant", 4, 128),
+    ):
         constants = {"RULE": rule, "NEEDS_DRAFT": rule < 3, "NODES": nodes, "BLOCK": verify.BLOCK_SIZE}
-        found[f"verify/{name}"] = _kernel(verify.verify_kernel, verify.NUM_WARPS, VERIFY, constants)
+        found[f"verify/{name}"] = _kernel(verify.verify_kernel, verify.NUM_WARPS[rule], VERIFY, constants)
     for name, rule in (("sampled", 1), ("ranked", 3)):
         constants = {"RULE": rule, "BLOCK": propose.BLOCK_SIZE}
         found[f"propose/{name}"] = _kernel(propose.propose_kernel, propose.NUM_WARPS, PROPOSE, constants)

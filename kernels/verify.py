@@ -8,8 +8,8 @@ from fastspec.kernels.rows import LOG2E, MAX_EOS, NODE_FIELDS, load_row, row_sta
 
 # The values of csrc/params.h.
 TOKEN_LEVEL, BLOCK_RULE, RECURSIVE_REJECTION, TARGET_ONLY, DRAFTER_INVARIANT = map(tl.constexpr, range(5))
-# Of 2,048 to 8,192 tokens and 4 to 16 warps, the smallest pair without spills.
-BLOCK_SIZE, NUM_WARPS = 2048, 4
+# The pairs of size and warps that compile without spills for every rule and tree.
+BLOCK_SIZE, NUM_WARPS = 2048, {0: 8, 1: 8, 2: 8, 3: 4, 4: 8}
 NODE_SIZES = (16, 128)
 STATS_FIELDS = tl.constexpr(8)  # maximum, threshold, min_weight, total, argmax, valid
 # Masses below this are what rounding leaves of a residual: the law before it stays.
@@ -86,7 +86,9 @@ def pass_over_row(
             left += tl.sum(kept * q)
         mass += tl.sum(weights)
         if RACE:
-            scores = tl.where(weights > 0, weights / exponentials(start, key0, key1, source, position, BLOCK), -1.0)
+            scores = tl.where(
+                weights > 0, weights / exponentials(start, key0, key1, source, position, BLOCK), -1.0
+            )
             top = tl.max(scores)
             first = tl.min(tl.where(scores == top, tokens, vocab_size))
             best_token = tl.where(top > best_score, first, best_token)

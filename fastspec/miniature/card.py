@@ -38,7 +38,7 @@ Wording is drawn at random from a grammar with many plans and synonyms. No outsi
 
 AdamW, bfloat16 autocast, linear warm-up and cosine decay over the stated time; the loss counts the assistant's tokens
 only. The vision tower is first trained alone, in the place of CLIP's pre-training: linear heads on its features name
-what covers each patch. They guide the first third of the target's training too, and are thrown away.
+what covers each patch. They guide the first third of the target's training too, and are thrown away.{resumed}
 
 ## Scores
 {scores}
@@ -70,6 +70,17 @@ def _training(log: dict) -> str:
             cells = (entry.get("device", "CPU"), entry.get("steps", ""), entry.get("batch", ""))
             lines.append(f"| {stage} | {entry['seconds']:.0f} s | {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def _resumed(log: dict) -> str:
+    times = log.get("target", {}).get("resumed", 0)
+    if not times:
+        return ""
+    again = "once" if times == 1 else f"{times} times"
+    return (
+        f" The target\nwas then trained further {again} on other scenes (`--stage target,ft,score --resume --seed 1`), "
+        "which the times\nand steps above include."
+    )
 
 
 def _scores(log: dict) -> str:
@@ -111,6 +122,7 @@ def write_card(folder: Path, log: dict) -> None:
         target_parameters=_millions(log, "target"),
         draft_parameters=_millions(log, "base"),
         training=_training(log),
+        resumed=_resumed(log),
         scores=_scores(log),
     )
     (folder / "README.md").write_text(text)

@@ -47,6 +47,7 @@ class Run:
     scenes: int
     answer_tokens: int
     compile: bool
+    resume: bool = False
 
     def source(self, kind: str, rows: int) -> Source:
         return Source(self.out / "target", kind, self.seed, rows if not self.workers else 64, self.workers)
@@ -58,11 +59,15 @@ class Run:
         cls = LlavaForConditionalGeneration if name == "target" else LlamaForCausalLM
         return cls.from_pretrained(self.out / name, dtype=torch.float32).to(self.device)
 
+    def log(self) -> dict:
+        """What training.json tells of the stages so far."""
+        path = self.out / "training.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
     def record(self, stage: str, **facts: object) -> None:
         """Keep what a stage did in training.json, and renew the model card."""
         path = self.out / "training.json"
-        log = json.loads(path.read_text()) if path.exists() else {}
-        log[stage] = facts
+        log = self.log() | {stage: facts}
         path.write_text(json.dumps(log, indent=1) + "\n")
         write_card(self.out, log)
 
@@ -94,7 +99,7 @@ def target(run: Run, deadline: float | None) -> None:
     begin = time.monotonic()
     torch.manual_seed(run.seed)
     processor = run.processor()
-    model = new_target().to(run.device)
+    model = run.load("target") if run.resume else new_target().to(run.device)
     heads = PatchHeads(model.config.vision_config.hidden_size).to(run.device)
     examples = held_out("caption", 64 if run.steps is None else 4, start=900_000)
 
@@ -114,30 +119,36 @@ def target(run: Run, deadline: float | None) -> None:
         )
         return f"captions right {score.share:.0%} ({parts})"
 
-    loss = TargetLoss(model, heads, processor)
+    loss = TargetLoss(model, heads, processor, **({"guidance": 0.0} if run.resume else {}))
     if run.compile:
         model.model.language_model.compile()
         model.model.vision_tower.compile()
     rate = run.rate or RATES["target"]
     model.train()
+    before = run.log().get("target", {}) if run.resume else {}
+    tower_steps = before.get("tower_steps", 0)
     with _feed(run, "picture", run.batch) as feed:
-        half = Budget(run.steps, None if deadline is None else begin + TOWER_SHARE * (deadline - begin))
-        tower_steps = fit(
-            "tower", (model.model.vision_tower, heads), loss.tower, feed.next, half, rate, named, 3
+        if not run.resume:
+            half = Budget(run.steps, None if deadline is None else begin + TOWER_SHARE * (deadline - begin))
+            tower_steps = fit(
+                "tower", (model.model.vision_tower, heads), loss.tower, feed.next, half, rate, named, 3
+            )
+        steps = fit(
+            "target", (model, heads), loss, feed.next, Budget(run.steps, deadline), rate, probe, probes=4
         )
-        steps = fit("target", (model, heads), loss, feed.next, Budget(run.steps, deadline), rate, probe)
         passes = feed.passes
     model.eval()
     save_model(model, processor, run.out / "target")
     run.record(
         "target",
-        seconds=time.monotonic() - begin,
+        seconds=time.monotonic() - begin + before.get("seconds", 0.0),
         device=run.device_name(),
-        steps=steps,
+        steps=steps + before.get("steps", 0),
         tower_steps=tower_steps,
         batch=run.batch,
         passes=passes,
         parameters=count_parameters(model),
+        resumed=before.get("resumed", 0) + run.resume,
     )
 
 
@@ -253,11 +264,11 @@ VOCABULARY = {"target/tokenizer.json": "tokenizer"}
 TARGET = {"target/model.safetensors": "target"}
 STAGES = {
     "tokenizer": Stage(tokenizer, 0.03, {}),
-    "target": Stage(target, 0.65, VOCABULARY),
+    "target": Stage(target, 0.70, VOCABULARY),
     "base": Stage(base, 0.06, VOCABULARY),
     "chat": Stage(chat, 0.07, {"draft-base/model.safetensors": "base"}),
-    "ft": Stage(ft, 0.11, TARGET | {"draft-chat/model.safetensors": "chat"}),
-    "score": Stage(score, 0.08, TARGET),
+    "ft": Stage(ft, 0.10, TARGET | {"draft-chat/model.safetensors": "chat"}),
+    "score": Stage(score, 0.04, TARGET),
 }
 
 

@@ -196,7 +196,7 @@ class Verifier:
             NEEDS_DRAFT=needs_draft,
             NODES=next(size for size in NODE_SIZES if size >= tree.num_nodes),
             BLOCK=BLOCK_SIZE,
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS[RULE_NUMBERS[self._kernel_rule]],
         )
 
 
