@@ -25,10 +25,14 @@ fastspec::SamplingParams sampling_params(std::uintptr_t temperature, std::uintpt
                                          std::uintptr_t min_p, std::uintptr_t repetition_penalty,
                                          std::uintptr_t min_tokens, std::uintptr_t seed, std::uintptr_t eos_token_ids,
                                          std::uintptr_t seen) {
-  return {pointer<const double>(temperature),        pointer<const int64_t>(top_k),
-          pointer<const double>(top_p),              pointer<const double>(min_p),
-          pointer<const double>(repetition_penalty), pointer<const int64_t>(min_tokens),
-          pointer<const int64_t>(seed),              pointer<const int64_t>(eos_token_ids),
+  return {pointer<const double>(temperature),
+          pointer<const int64_t>(top_k),
+          pointer<const double>(top_p),
+          pointer<const double>(min_p),
+          pointer<const double>(repetition_penalty),
+          pointer<const int64_t>(min_tokens),
+          pointer<const int64_t>(seed),
+          pointer<const int64_t>(eos_token_ids),
           pointer<const uint8_t>(seen)};
 }
 

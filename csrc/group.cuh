@@ -137,9 +137,9 @@ class Broadcast {
     const uint32_t address = address_ + index * static_cast<uint32_t>(sizeof(T));
     const uint32_t* words = reinterpret_cast<const uint32_t*>(&value);
     if constexpr (sizeof(T) == 8) {
-      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
-                       address),
-                   "r"(words[0]), "r"(words[1]), "r"(received_));
+      asm volatile(
+          "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(address),
+          "r"(words[0]), "r"(words[1]), "r"(received_));
     } else {
 #pragma unroll
       for (int i = 0; i < static_cast<int>(sizeof(T)) / 4; i += 4) {

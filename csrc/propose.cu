@@ -170,8 +170,7 @@ __global__ void __launch_bounds__(kThreads, 1) propose_kernel(const __grid_const
   const TreeNode place = params.tree[node];
   const int64_t source = static_cast<int64_t>(sequence) * params.num_rows + row;
   const int64_t target = static_cast<int64_t>(sequence) * params.num_inner + params.first_inner + row;
-  Task<kType> task = {
-      {params.logits, source * params.logits_stride, min(params.draft_vocab_size, params.vocab_size)}};
+  Task<kType> task = {{params.logits, source * params.logits_stride, min(params.draft_vocab_size, params.vocab_size)}};
   task.law = load_law(sampling, sequence, params.vocab_size);
   task.key = params.rule == Rule::kDrafterInvariant
                  ? noise_key(sampling.seed[sequence], position + params.level, Stream::kCoupled, 0)
@@ -245,8 +244,6 @@ int propose(const ProposeParams& params, void* stream) {
   });
 }
 
-int max_propose_group() {
-  return max_group_size(propose_kernel<LogitType::kFloat>, kThreads, sizeof(Shared));
-}
+int max_propose_group() { return max_group_size(propose_kernel<LogitType::kFloat>, kThreads, sizeof(Shared)); }
 
 }  // namespace fastspec

@@ -57,7 +57,6 @@ struct Penalties {
   int parents[kMaxNodes];
 
   __device__ __forceinline__ bool touch(int depth) const { return repetition != 1.0f || depth < shortest; }
-
 };
 
 // Four logits from token `first` on, in the row of a node, after its prefix has changed them. A call of its own, as

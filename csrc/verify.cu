@@ -63,11 +63,11 @@ struct WalkState {
   Request request;
   Decision decision;
   Phase phase;
-  int node;                // where the path has come to, and what to read
-  int limit, length;       // block verification: nodes still to be tested, nodes drafted
+  int node;  // where the path has come to, and what to read
+  int limit, length;  // block verification: nodes still to be tested, nodes drafted
   int child, num_removed;  // recursive rejection: the sibling to be tested, rejected ones before it,
-  float mass, left;        // what is left of p and of q,
-  float c, previous;       // and how much of q was taken off p
+  float mass, left;  // what is left of p and of q,
+  float c, previous;  // and how much of q was taken off p
 };
 
 // A node's test: probabilities of its token at its parent, and its uniform.
@@ -87,8 +87,8 @@ struct Shared {
   Penalties penalties;  // and with them the tokens and parents of the tree
   Test tests[kMaxNodes];
   Known known[kMaxNodes];
-  int next[kMaxNodes];             // greedy: the child that the argmax leads to; kMaxNodes if none
-  int removed_token[kMaxNodes];    // rejected siblings at the current node,
+  int next[kMaxNodes];  // greedy: the child that the argmax leads to; kMaxNodes if none
+  int removed_token[kMaxNodes];  // rejected siblings at the current node,
   float removed_scale[kMaxNodes];  // and how much of q was taken off them
   WalkState walk;
   Law law;
@@ -106,7 +106,7 @@ template <LogitType kType>
 struct Context {
   const VerifyParams& params;
   Shared& shared;
-  TileStats* tiles;   // [2, kMaxRowsAtOnce, num_tiles] in shared memory
+  TileStats* tiles;  // [2, kMaxRowsAtOnce, num_tiles] in shared memory
   Partial* partials;  // [2, 4 * num_tiles] likewise
   int sequence;
   int num_tiles;
@@ -157,9 +157,7 @@ class Walk {
   __device__ __forceinline__ void pass(Phase next, const Request& request) {
     at_.need = Need::kPass, at_.phase = next, at_.request = request;
   }
-  __device__ __forceinline__ void finish(int stop, int next) {
-    at_.need = Need::kNothing, at_.decision = {stop, next};
-  }
+  __device__ __forceinline__ void finish(int stop, int next) { at_.need = Need::kNothing, at_.decision = {stop, next}; }
 
   // Temperature 0, target-only and drafter-invariant: one token per row, followed while it is a child.
   __device__ __forceinline__ void match(const Partial& found) {
@@ -528,8 +526,8 @@ __device__ __forceinline__ void read(const Context<kType>& context, const Span& 
 #pragma unroll 1
   for (int row = warp_index() + (cuts ? num_targets : 0); row < num_rows; row += kWarps) {
     const bool is_target = row < num_targets;
-    const RowStats stats = merge_tiles(tiles + row * context.num_tiles, context.num_tiles, is_target ? scale : kLog2e,
-                                       greedy);
+    const RowStats stats =
+        merge_tiles(tiles + row * context.num_tiles, context.num_tiles, is_target ? scale : kLog2e, greedy);
     if (lane_index() == 0) {
       shared.stats[is_target ? span.target(row) : params.num_nodes + span.draft(row - num_targets)] = stats;
     }
@@ -544,8 +542,7 @@ __device__ __forceinline__ void read(const Context<kType>& context, const Span& 
       const RowStats other = shared.stats[params.num_nodes + shared.tree[parent].inner_row];
       const int depth = shared.tree[parent].depth;
       if (shared.penalties.touch(depth)) {
-        target_logit =
-            penalise({target_logit}, shared.penalties, test.token, parent, depth, params.vocab_size).x;
+        target_logit = penalise({target_logit}, shared.penalties, test.token, parent, depth, params.vocab_size).x;
       }
       test.p = row.weight(scale, target_logit) * row.inverse_mass;
       test.q = other.weight(kLog2e, draft_logit) * other.inverse_mass;
@@ -717,8 +714,6 @@ int verify(const VerifyParams& params, void* stream) {
   });
 }
 
-int max_verify_group() {
-  return max_group_size(verify_kernel<LogitType::kFloat>, kThreads, shared_bytes(kMaxVocab));
-}
+int max_verify_group() { return max_group_size(verify_kernel<LogitType::kFloat>, kThreads, shared_bytes(kMaxVocab)); }
 
 }  // namespace fastspec

@@ -78,8 +78,8 @@ def _resumed(log: dict) -> str:
         return ""
     again = "once" if times == 1 else f"{times} times"
     return (
-        f" The target\nwas then trained further {again} on other scenes (`--stage target,ft,score --resume --seed 1`), "
-        "which the times\nand steps above include."
+        f" The target\nwas then trained further {again} on other scenes "
+        "(`--stage target,ft,score --resume --seed 1 --rate 4e-4`)."
     )
 
 

@@ -134,7 +134,14 @@ def target(run: Run, deadline: float | None) -> None:
                 "tower", (model.model.vision_tower, heads), loss.tower, feed.next, half, rate, named, 3
             )
         steps = fit(
-            "target", (model, heads), loss, feed.next, Budget(run.steps, deadline), rate, probe, probes=4
+            "target",
+            (model, heads),
+            loss,
+            feed.next,
+            Budget(run.steps, deadline),
+            rate,
+            None if run.compile else probe,  # the probe's shapes would be compiled one by one
+            probes=4,
         )
         passes = feed.passes
     model.eval()
@@ -142,14 +149,19 @@ def target(run: Run, deadline: float | None) -> None:
     run.record(
         "target",
         seconds=time.monotonic() - begin + before.get("seconds", 0.0),
-        device=run.device_name(),
-        steps=steps + before.get("steps", 0),
+        device=_then(before.get("device"), run.device_name()),
+        steps=_then(before.get("steps"), steps),
         tower_steps=tower_steps,
-        batch=run.batch,
+        batch=_then(before.get("batch"), run.batch),
         passes=passes,
         parameters=count_parameters(model),
         resumed=before.get("resumed", 0) + run.resume,
     )
+
+
+def _then(before: object, now: object) -> object:
+    """A fact of a resumed stage: that of the run before, then that of this one."""
+    return now if before is None else f"{before}, then {now}"
 
 
 def _fit_draft(run: Run, name: str, model, next_batch, budget: Budget, **facts: object) -> None:

@@ -42,8 +42,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--scenes", type=int, default=512, help="held-out scenes per task in the scores")
     parser.add_argument("--answer-tokens", type=int, default=220, help="longest answer when scoring")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="train the target further from the weights in the folder; "
-                        "with another --seed it sees other scenes")  # fmt: skip
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="train the target further from the weights in the folder; with another --seed it sees other scenes",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the target's two towers")
     parser.add_argument("--pack", type=Path, help="folder that also gets target.tar and drafts.tar")
     return parser
