@@ -74,6 +74,7 @@ class SamplingTensors:
         sequences: SamplingTensors | None = None,
     ):
         self.vocab_size = vocab_size
+        self._params = [SamplingParams()] * batch_size
         for parameter in fields(SamplingParams):
             dtype = torch.int64 if isinstance(parameter.default, int) else torch.float64
             value = torch.full((batch_size,), parameter.default, dtype=dtype, device=device)
@@ -93,11 +94,44 @@ class SamplingTensors:
         """
         if len(eos_token_ids) > self.MAX_EOS:
             raise ValueError(f"at most {self.MAX_EOS} eos_token_ids are supported, got {len(eos_token_ids)}")
+        self._params[row] = params
         for parameter in fields(SamplingParams):
             getattr(self, parameter.name)[row] = getattr(params, parameter.name)
         self.seed[row] = (seed + 2**63) % 2**64 - 2**63  # any integer, as the 64 bits of the key
         padded = [*eos_token_ids, *[-1] * (self.MAX_EOS - len(eos_token_ids))]
         self.eos_token_ids[row] = torch.tensor(padded)
+
+    def fill(self, params: SamplingParams) -> None:
+        """Writes the same parameters for every sequence; seeds and ends stay."""
+        self._params = [params] * len(self._params)
+        for parameter in fields(SamplingParams):
+            getattr(self, parameter.name).fill_(getattr(params, parameter.name))
+
+    # What the host knows of all sequences lets the reference leave out work; kernels read the tensors.
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no sequence draws at random."""
+        return all(params.temperature == 0 for params in self._params)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a sequence has top-k, top-p or min-p."""
+        return any(params.top_k > 0 or params.top_p < 1 or params.min_p > 0 for params in self._params)
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a sequence has a repetition penalty or a least length."""
+        return any(params.repetition_penalty != 1 or params.min_tokens > 0 for params in self._params)
+
+    def to(self, device: torch.device | str) -> SamplingTensors:
+        """A copy on another device."""
+        copy = SamplingTensors(len(self._params), self.vocab_size, device)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                getattr(copy, name).copy_(value)
+        copy._params = list(self._params)
+        return copy
 
     def penalise(
         self,
@@ -120,8 +154,10 @@ class SamplingTensors:
         Returns:
             ``[B, R, V]`` float64.
         """
-        tables = tree.on(logits.device)
         scores = logits.double()
+        if not self.penalises:
+            return scores
+        tables = tree.on(logits.device)
         paths = tables.paths[nodes]
         on_path = tokens[:, paths]
         drafted = ((paths > 0) & (on_path >= 0)).int()  # the root is among the seen tokens
@@ -146,15 +182,28 @@ class SamplingTensors:
         Returns:
             ``[B, R, V]`` float64 log-weights: ``softmax`` of them is the law, -inf marks tokens cut away.
         """
+        first = scores.argmax(-1, keepdim=True)  # the lowest id among ties
+        greedy = torch.full_like(scores, float("-inf")).scatter(-1, first, 0.0)
+        if self.greedy:
+            return greedy
         maximum = scores.amax(-1, keepdim=True)
         temperature = self.temperature[:, None, None]
         log_weights = (scores - maximum) / torch.where(temperature > 0, temperature, 1.0)
 
-        vocab_size = scores.shape[-1]
-        weights, order = log_weights.exp().sort(-1, descending=True)
+        # Single precision, in which the kernels work, knows no weight under 2**-126 of the largest.
+        kept = log_weights.exp() >= 2.0**-126
+        if self.cuts:
+            kept &= self._uncut(log_weights.exp())
+        warped = torch.where(kept, log_weights, float("-inf"))
+        return torch.where(temperature > 0, warped, greedy)
+
+    def _uncut(self, weights: torch.Tensor) -> torch.Tensor:
+        """Tokens that top-k, top-p and min-p leave; ``[B, R, V]`` weights relative to the largest to bool."""
+        vocab_size = weights.shape[-1]
+        weights, order = weights.sort(-1, descending=True)
         top_k = self.top_k[:, None, None]
         last = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size) - 1
-        kth = weights.gather(-1, last.expand(*scores.shape[:-1], 1))
+        kth = weights.gather(-1, last.expand(*weights.shape[:-1], 1))
         weights = torch.where(weights >= kth, weights, 0.0)
 
         # A token stays while the mass of strictly heavier ones is below top_p: equal weights share a fate.
@@ -166,14 +215,8 @@ class SamplingTensors:
         top_p = self.top_p[:, None, None]
         # Rounding can make the sum of all lighter tokens vanish: top_p = 1 must not depend on it.
         keep = (heavier == 0) | (heavier < top_p * cumulative[..., -1:]) | (top_p >= 1)
-        # Single precision, in which the kernels work, knows no weight under 2**-126 of the largest.
-        keep &= (weights >= 2.0**-126) & (weights >= self.min_p[:, None, None])
-        kept = torch.zeros_like(keep).scatter(-1, order, keep)
-
-        warped = torch.where(kept, log_weights, float("-inf"))
-        first = scores.argmax(-1, keepdim=True)  # the lowest id among ties
-        greedy = torch.full_like(warped, float("-inf")).scatter(-1, first, 0.0)
-        return torch.where(temperature > 0, warped, greedy)
+        keep &= (weights > 0) & (weights >= self.min_p[:, None, None])
+        return torch.zeros_like(keep).scatter(-1, order, keep)
 
 
 def valid_rows(logits: torch.Tensor) -> torch.Tensor:

@@ -161,17 +161,13 @@ def random_case(
             "nan"
         )
 
-    moved = SamplingTensors(batch, vocab_size, device)
-    for name, tensor in vars(sampling).items():
-        if isinstance(tensor, torch.Tensor):
-            getattr(moved, name).copy_(tensor)
     return Case(
         tree,
         rule,
         target.to(device),
         draft_logits.to(device),
         tokens.to(device),
-        moved,
+        sampling.to(device),
         positions.to(device),
         f"seed {seed}: {rule.value}, {tree.num_nodes} nodes, V={vocab_size}, B={batch}, {dtype}, {kind}, "
         f"{relation}, {mishap}",

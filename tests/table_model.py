@@ -93,8 +93,7 @@ def sample_tokens(
     state.clear()
     state.admit(0, prompt, 1 + num_tokens, params, params, 0, ())
     for tensors in (state.sampling, state.draft_sampling):
-        for name in vars(params):
-            getattr(tensors, name)[:] = getattr(params, name)
+        tensors.fill(params)
     state.sampling.seen[:] = state.sampling.seen[:1]
     state.tree_tokens[:, 0] = 0
     state.tokens[:, 0] = 0

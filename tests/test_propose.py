@@ -56,8 +56,7 @@ def draw_children(count, params, logits, rule=Rule.RECURSIVE_REJECTION, trials=2
     tree = DraftTree.kary((count,))
     vocab_size = len(logits)
     sampling = SamplingTensors(trials, vocab_size, device)
-    for name, value in vars(params).items():
-        getattr(sampling, name)[:] = value
+    sampling.fill(params)
     sampling.seed[:] = torch.arange(trials, device=device)
     tokens = torch.zeros(trials, tree.num_nodes, dtype=torch.int64, device=device)
     draft_logits = torch.zeros(trials, 1, vocab_size, device=device)

@@ -37,7 +37,7 @@ def tree_attention(
     weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
     # Zero times NaN is NaN: a leftover, or a drafted token the weights turn into NaN, would spoil rows that
     # do not see it. So such values are left out of the product, and the rows that do see one get their NaN back.
-    finite = values.isfinite().all(-1, keepdim=True)
+    finite = values.sum(-1, keepdim=True, dtype=compute).isfinite()  # one pass; NaN and inf survive a sum
     mixed = torch.einsum("bkgrc,bkcd->brkgd", weights, torch.where(finite, values.to(compute), 0.0))
     spoiled = (visible[:, :, None] & ~finite[..., 0][:, None]).any(-1)
     mixed = mixed.masked_fill(spoiled[..., None, None], float("nan"))

@@ -210,7 +210,7 @@ def reference(
     log_weights = sampling.warp(scores).to(draft_logits.dtype)
     draft_logits[:, rows] = log_weights
 
-    if rule is Rule.TARGET_ONLY:
+    if rule is Rule.TARGET_ONLY or sampling.greedy:
         ranking = scores
     else:
         coupled = rule is Rule.DRAFTER_INVARIANT
@@ -226,8 +226,11 @@ def reference(
         ranking = torch.where(sampling.temperature[:, None, None] > 0, drawn, scores)
 
     width = min(max(len(tree.children[node]) for node in nodes), vocab_size)
-    best, ids = ranking.sort(dim=-1, descending=True, stable=True)
-    ids = torch.where(best[..., :width] > float("-inf"), ids[..., :width], -1)
+    if width == 1:
+        ids = ranking.argmax(-1, keepdim=True)
+    else:
+        ids = ranking.sort(dim=-1, descending=True, stable=True).indices[..., :width]
+    ids = torch.where(ranking.gather(-1, ids) > float("-inf"), ids, -1)
     for row, node in enumerate(nodes):
         for rank, child in enumerate(tree.children[node]):
             tokens[:, child] = ids[:, row, rank] if rank < width else -1

@@ -268,19 +268,24 @@ def reference(
             h, emission = recursive_rejection(tree, tokens, p, q)
         accepted = accept_uniforms(sampling.seed, positions, node_ids) <= h
         stop = walk_up(tree, accepted) if rule.bottom_up else walk_down(tree, accepted)
-        noise = exponentials(sampling.seed, positions[:, None], Stream.EMIT, stop[:, None], vocab_size)[:, 0]
         law = emission.gather(1, stop[:, None, None].expand(-1, 1, vocab_size))[:, 0]
-        next_token = race(law, noise).argmax(-1)
+        if not sampling.greedy:
+            noise = exponentials(sampling.seed, positions[:, None], Stream.EMIT, stop[:, None], vocab_size)
+            law = race(law, noise[:, 0])
+        next_token = law.argmax(-1)
     else:
         coupled = rule is Rule.DRAFTER_INVARIANT
-        noise = exponentials(
-            sampling.seed,
-            positions[:, None] + (tables.depths if coupled else torch.zeros_like(tables.depths)),
-            Stream.COUPLED if coupled else Stream.TARGET,
-            torch.zeros_like(node_ids) if coupled else node_ids,
-            vocab_size,
-        )
-        samples = torch.where(valid, race(p, noise).argmax(-1), -1)
+        ranking = p
+        if not sampling.greedy:
+            noise = exponentials(
+                sampling.seed,
+                positions[:, None] + (tables.depths if coupled else torch.zeros_like(tables.depths)),
+                Stream.COUPLED if coupled else Stream.TARGET,
+                torch.zeros_like(node_ids) if coupled else node_ids,
+                vocab_size,
+            )
+            ranking = race(p, noise)
+        samples = torch.where(valid, ranking.argmax(-1), -1)
         stop = matching(tree, tokens, samples)
         next_token = samples.gather(1, stop[:, None])[:, 0]
 
