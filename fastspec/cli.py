@@ -1,4 +1,4 @@
-"""The command line: demo, generate, info."""
+"""The command line: demo, generate, evaluate, info."""
 
 from __future__ import annotations
 
@@ -101,6 +101,68 @@ def generate(
     efficiency = result["speculation"]["block_efficiency"]
     passes = f", {efficiency:.2f} per target pass" if efficiency else ""
     typer.echo(f"{len(result['tokens'])} tokens in {result['seconds']:.2f} s{passes}", err=True)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Option(help="a LLaVA checkpoint: directory, hub name, or 'miniature'")],
+    draft: Annotated[
+        list[str],
+        typer.Option(help="a draft checkpoint, 'ngram', 'miniature' or 'miniature:base'; repeat for several"),
+    ],
+    task: Annotated[
+        list[str], typer.Option(help="a JSONL file of prompts, or 'miniature:caption'; repeat for several")
+    ],
+    gamma: Annotated[
+        list[int] | None, typer.Option(min=1, help="drafted tokens per cycle; 5 without --tree; repeatable")
+    ] = None,
+    tree: Annotated[
+        list[str] | None, typer.Option(help="branching factors of a tree, such as 3,2,1; repeatable")
+    ] = None,
+    rule: Annotated[
+        list[str] | None, typer.Option(help="acceptance rule; the default fits draft and shape; repeatable")
+    ] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option(min=0.0, help="0, the default, is greedy decoding; repeatable")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=0, help="0 keeps all")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 keeps all")] = 1.0,
+    max_new_tokens: MaxNewTokens = 128,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first prompts of each task")] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="where relative image paths start, if not at the task file")
+    ] = None,
+    seed: Seed = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Device = None,
+    out: Annotated[
+        Path, typer.Option(help="folder of the results; an interrupted run continues there")
+    ] = Path("fastspec-evaluation"),
+) -> None:
+    """Measures drafts on tasks: block efficiency, acceptance, speed beside plain decoding."""
+    from fastspec import evaluation
+    from fastspec.report import report
+
+    asked = evaluation.Evaluation(
+        target=target,
+        drafts=tuple(draft),
+        tasks=tuple(task),
+        gammas=tuple(gamma or ()),
+        trees=tuple(tree or ()),
+        rules=tuple(rule or ()),
+        temperatures=tuple(temperature or (0.0,)),
+        top_k=top_k,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        image_folder=image_folder,
+        seed=seed,
+        dtype=dtype,
+        device=_device(device),
+        out=out,
+    )
+    results = evaluation.evaluate(asked, Console(stderr=True, highlight=False))
+    report(results, out, Console(highlight=False))
 
 
 @app.command()

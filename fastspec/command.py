@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import (
@@ -23,6 +23,15 @@ from fastspec.images import load_image
 from fastspec.model.vision import MULTIMODAL_MODELS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Checkpoints(Protocol):
+    """Which models to load, and how."""
+
+    target: str
+    draft: str
+    dtype: str
+    device: str
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,7 @@ def answer(question: Question, stream: bool) -> dict[str, Any]:
     Raises:
         ValueError: for images that cannot be read or checkpoints that cannot be loaded.
     """
-    if question.dtype != "auto" and question.dtype not in DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {question.dtype!r}")
+    check_dtype(question.dtype)
     images = [load_image(path) for path in question.images]
     processor, target = load_target(question)
     draft, draft_tokenizer = load_draft(question)
@@ -118,7 +126,13 @@ def answer(question: Question, stream: bool) -> dict[str, Any]:
     }
 
 
-def load_target(question: Question):
+def check_dtype(dtype: str) -> None:
+    """Raises ValueError for a name that is no element type."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def load_target(question: Checkpoints):
     """The processor and the target model."""
     if question.target == "miniature":
         from fastspec import miniature
@@ -130,14 +144,16 @@ def load_target(question: Question):
     return processor, model.to(question.device).eval()
 
 
-def load_draft(question: Question):
+def load_draft(question: Checkpoints):
     """The draft model (or its keyword) and its tokenizer, if it has one."""
     if question.draft == "ngram":
         return "ngram", None
-    if question.draft == "miniature":
+    built_in, _, name = question.draft.partition(":")
+    if built_in == "miniature":
         from fastspec import miniature
 
-        return miniature.load_draft(dtype=miniature_dtype(question), device=question.device), None
+        named = {"name": name} if name else {}
+        return miniature.load_draft(**named, dtype=miniature_dtype(question), device=question.device), None
     config = _load(AutoConfig, "draft", question.draft)
     multimodal = config.model_type in MULTIMODAL_MODELS
     loader = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
@@ -149,12 +165,12 @@ def load_draft(question: Question):
     return model.to(question.device).eval(), tokenizer
 
 
-def checkpoint_dtype(question: Question) -> torch.dtype | str:
+def checkpoint_dtype(question: Checkpoints) -> torch.dtype | str:
     """As transformers takes it; ``auto`` is what the checkpoint is stored in."""
     return DTYPES.get(question.dtype, question.dtype)
 
 
-def miniature_dtype(question: Question) -> torch.dtype:
+def miniature_dtype(question: Checkpoints) -> torch.dtype:
     """The miniature is stored in half precision for its size alone, and runs in single unless told otherwise."""
     return DTYPES.get(question.dtype, torch.float32)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from fastspec.state import FinishReason
 
@@ -18,6 +21,43 @@ def memory_bound_speedup(block_efficiency: float, cost_ratio: float, draft_passe
     Source: Gagrani et al., 2404.08856, section 4.
     """
     return block_efficiency / (cost_ratio * draft_passes + 1)
+
+
+def bootstrap_interval(
+    samples: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Percentile bootstrap of a statistic of sums, such as the ratio of tokens to passes over all prompts.
+
+    Args:
+        samples: ``[n, k]``, k counts or times of each of n prompts; prompts are resampled, rows kept whole.
+        statistic: from sums over prompts ``[..., k]`` to the statistic ``[...]``.
+        level: how much of the resampled statistic lies inside.
+        resamples: how often n prompts are drawn with replacement.
+        seed: makes the interval reproducible.
+
+    Returns:
+        The interval's ends; None where fewer than two prompts say nothing of how prompts differ, or the
+        statistic is never finite.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, section 13.3.
+    """
+    samples = np.asarray(samples, dtype=float)
+    count = len(samples)
+    if count < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    sums = np.stack([samples[generator.integers(count, size=count)].sum(0) for _ in range(resamples)])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = statistic(sums)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)

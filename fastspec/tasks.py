@@ -1,0 +1,190 @@
+"""Task files: the prompts that a target and its drafts are evaluated on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastspec.images import load_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: Where an image belongs in a text, in the LLaVA format.
+PLACEHOLDER = "<image>"
+MINIATURE = "miniature:"
+#: Held-out prompts of a miniature task without a limit: there is no end to them.
+MINIATURE_PROMPTS = 100
+
+
+@dataclass(frozen=True)
+class TaskPrompt:
+    """One question of a task.
+
+    Attributes:
+        id: its name, unique within the task.
+        text: the user's words, without chat format or image placeholders.
+        images: paths, or pictures that were drawn for it; they come before the text.
+        where: where it was read, for messages.
+    """
+
+    id: str
+    text: str
+    images: tuple[Path | Image, ...]
+    where: str
+
+    def load_images(self) -> list[Image]:
+        """The pictures, decoded.
+
+        Raises:
+            ValueError: for a file that is no image; the message says where it was named.
+        """
+        try:
+            return [load_image(image) if isinstance(image, Path) else image for image in self.images]
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts under a name.
+
+    Attributes:
+        name: as the user gave it.
+        prompts: at least one.
+    """
+
+    name: str
+    prompts: tuple[TaskPrompt, ...]
+
+    @property
+    def digest(self) -> str:
+        """Changes with the prompts' names, texts and numbers of images."""
+        content = [(prompt.id, prompt.text, len(prompt.images)) for prompt in self.prompts]
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
+
+
+def read_task(name: str, limit: int | None = None, image_folder: Path | None = None) -> Task:
+    """Reads a JSONL file of prompts, or takes held-out prompts of the miniature.
+
+    A line is an object with ``id``, optionally ``images`` (paths; ``image`` for a single one), and either
+    ``prompt``, the user's words, or ``conversations`` in the LLaVA format, whose first human turn is asked.
+    ``<image>`` placeholders may be left out; images come first in the prompt wherever they stood, as in LLaVA.
+
+    Args:
+        name: a file, or ``miniature:caption``, ``miniature:conversation``, ``miniature:science``.
+        limit: only the first so many prompts; lines after them are not read.
+        image_folder: what relative image paths start from; the task file's folder unless given.
+
+    Raises:
+        ValueError: for a missing or empty file or a line that is malformed; the message gives file, line
+            number and reason.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    if name.startswith(MINIATURE):
+        return Task(name, tuple(_miniature_prompts(name, limit or MINIATURE_PROMPTS)))
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"task file not found: {name}")
+    prompts = tuple(islice(_read_lines(path, image_folder or path.parent), limit))
+    if not prompts:
+        raise ValueError(f"{name} holds no prompts")
+    return Task(name, prompts)
+
+
+def _miniature_prompts(name: str, count: int) -> Iterator[TaskPrompt]:
+    from fastspec import miniature
+    from fastspec.miniature.language import TASKS
+
+    task = name[len(MINIATURE) :]
+    if task not in TASKS:
+        names = ", ".join(MINIATURE + one for one in TASKS)
+        raise ValueError(f"unknown task {name!r}; expected one of {names}, or a file")
+    for seed in range(count):
+        example = miniature.sample_example(task, seed)
+        yield TaskPrompt(str(seed), example.turns[0][0], (example.scene.render(),), f"{name}, prompt {seed}")
+
+
+def _read_lines(path: Path, folder: Path) -> Iterator[TaskPrompt]:
+    seen: dict[str, int] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                prompt = _parse(line, folder, where)
+                if prompt.id in seen:
+                    raise ValueError(f"id {prompt.id!r} was given to line {seen[prompt.id]} already")
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            seen[prompt.id] = number
+            yield prompt
+
+
+def _parse(line: bytes, folder: Path, where: str) -> TaskPrompt:
+    try:
+        entry = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error}") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(entry, dict):
+        raise ValueError(f"expected a JSON object, got {_kind(entry)}")
+    name = entry.get("id")
+    if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
+        raise ValueError(f"expected 'id' to be a text or a whole number, got {_kind(name)}")
+    if ("prompt" in entry) == ("conversations" in entry):
+        given = "both" if "prompt" in entry else "neither"
+        raise ValueError(f"expected either 'prompt' or 'conversations', got {given}")
+    text = entry["prompt"] if "prompt" in entry else _first_question(entry["conversations"])
+    if not isinstance(text, str):
+        raise ValueError(f"expected 'prompt' to be a text, got {_kind(text)}")
+    images = _image_paths(entry, folder)
+    placeholders = text.count(PLACEHOLDER)
+    if placeholders and placeholders != len(images):
+        raise ValueError(f"{placeholders} {PLACEHOLDER} placeholders, but {len(images)} images")
+    text = text.replace(PLACEHOLDER, "").strip()
+    if not text:
+        raise ValueError("the prompt is empty")
+    f"{name}{text}".encode()  # half of a surrogate pair would stop the tokenizer later
+    return TaskPrompt(str(name), text, images, where)
+
+
+def _first_question(turns: Any) -> Any:
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"expected 'conversations' to be a list of turns, got {_kind(turns)}")
+    for turn in turns:
+        if turn.get("from") == "human":
+            if not isinstance(turn.get("value"), str):
+                raise ValueError(f"expected a turn's 'value' to be a text, got {_kind(turn.get('value'))}")
+            return turn["value"]
+    raise ValueError("no turn of 'conversations' is from 'human'")
+
+
+def _image_paths(entry: dict, folder: Path) -> tuple[Path, ...]:
+    if "images" in entry and "image" in entry:
+        raise ValueError("expected 'images' or 'image', got both")
+    given = entry.get("images", entry.get("image"))
+    names = [] if given is None else [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"expected 'images' to be a list of paths, got {given!r}")
+    paths = tuple(folder / name for name in names)
+    for path in paths:
+        try:
+            found = path.is_file()
+        except (OSError, ValueError):  # a name that no file can have
+            found = False
+        if not found:
+            raise ValueError(f"image file not found: {str(path)!r}")
+    return paths
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"{json.dumps(value, ensure_ascii=False)[:60]}"
