@@ -1,4 +1,4 @@
-"""The command line: demo, generate, evaluate, info."""
+"""The command line: demo, generate, evaluate, distill-data, train-draft, info."""
 
 from __future__ import annotations
 
@@ -165,6 +165,141 @@ def evaluate(
     report(results, out, Console(highlight=False))
 
 
+@app.command("distill-data")
+def distill_data(
+    target: Annotated[str, typer.Option(help="a LLaVA checkpoint: directory, hub name, or 'miniature'")],
+    images: Annotated[Path, typer.Option(help="the folder of images")],
+    prompts: Annotated[
+        Path, typer.Option(help="a text file, each line asked about each image; or LLaVA chats (.jsonl)")
+    ],
+    out: Annotated[Path, typer.Option(help="the JSONL file of answers; continued if it is there")],
+    draft: Annotated[str, typer.Option(help="a draft checkpoint, 'ngram', or 'miniature'")] = "ngram",
+    temperature: Annotated[
+        list[float] | None, typer.Option(min=0.0, help="repeat for several; 0, greedy decoding, unless given")
+    ] = None,
+    gamma: Gamma = 5,
+    max_new_tokens: MaxNewTokens = 256,
+    batch_size: Annotated[int, typer.Option(min=1, max=8, help="prompts answered together")] = 1,
+    seed: Seed = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Device = None,
+    skip_bad_lines: Annotated[bool, typer.Option(help="count bad lines and images and go on")] = False,
+) -> None:
+    """Lets the target answer prompts about images: data to train a draft on."""
+    from fastspec.training.distill import Distillation, distill
+
+    asked = Distillation(
+        target=target,
+        images=images,
+        prompts=prompts,
+        out=out,
+        draft=draft,
+        temperatures=tuple(temperature or (0.0,)),
+        gamma=gamma,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        device=_device(device),
+        skip_bad_lines=skip_bad_lines,
+    )
+    result = distill(asked)
+    if result["note"]:
+        typer.echo(result["note"], err=True)
+    typer.echo(
+        f"{result['answers']} answers in {out}, {result['new']} of them new, {result['tokens']} tokens"
+    )
+
+
+@app.command("train-draft")
+def train_draft(
+    target: Annotated[str, typer.Option(help="a LLaVA checkpoint: directory, hub name, or 'miniature'")],
+    out: Annotated[Path, typer.Option(help="the draft's folder; checkpoints go into OUT.run")],
+    stage: Annotated[
+        str, typer.Option(help="pretrain (text), instruct (chats) or distill (distilled answers)")
+    ],
+    data: Annotated[list[Path], typer.Option(help="a data file, and more after it")],
+    more_data: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="more data files")
+    ] = None,
+    draft: Annotated[str | None, typer.Option(help="a draft to train further")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="of a new draft: 115m, tiny or hidden,layers,heads,ffn; 115m unless given"),
+    ] = None,
+    image_adapter: Annotated[
+        bool, typer.Option("--image-adapter", help="a draft that sees the image")
+    ] = False,
+    train: Annotated[str, typer.Option(help="all, or adapter: the image adapter alone")] = "all",
+    images: Annotated[
+        Path | None, typer.Option(help="folder of images; each data file's own unless given")
+    ] = None,
+    loss: Annotated[
+        str, typer.Option(help="cross-entropy, forward-kl, reverse-kl, total-variation or tvd++")
+    ] = "cross-entropy",
+    epochs: Annotated[float, typer.Option(min=0.0, help="passes over the data")] = 1.0,
+    steps: Annotated[int, typer.Option(min=0, help="optimizer steps instead of epochs")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="examples per device and pass")] = 8,
+    gradient_accumulation: Annotated[int, typer.Option(min=1, help="passes per optimizer step")] = 1,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="the highest")] = 3e-4,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="tokens of an example, image tokens not counted")
+    ] = 1024,
+    held_out: Annotated[int, typer.Option(min=0, help="examples kept for the expected acceptance")] = 64,
+    log_every: Annotated[int, typer.Option(min=1, help="steps between rows of losses.csv")] = 10,
+    evaluate_every: Annotated[int, typer.Option(min=1, help="steps between evaluations")] = 500,
+    save_every: Annotated[int, typer.Option(min=1, help="steps between checkpoints")] = 500,
+    workers: Annotated[int, typer.Option(min=0, help="processes that prepare data")] = 0,
+    seed: Seed = 0,
+    device: Device = None,
+    skip_bad_lines: Annotated[bool, typer.Option(help="count bad lines and go on")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last good checkpoint")] = False,
+) -> None:
+    """Trains a draft for a target, on one device or with `accelerate launch -m fastspec train-draft ...`."""
+    try:
+        import accelerate  # noqa: F401, Trainer's own message comes late
+    except ImportError:
+        raise ValueError("train-draft needs accelerate: python -m pip install accelerate") from None
+    from fastspec.training.train import Training, train_draft
+
+    _device(device)
+    asked = Training(
+        target=target,
+        out=out,
+        stage=stage,
+        data=(*data, *(more_data or ())),
+        draft=draft,
+        size=size,
+        image_adapter=image_adapter,
+        train=train,
+        images=images,
+        loss=loss,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        gradient_accumulation=gradient_accumulation,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        held_out=held_out,
+        log_every=log_every,
+        evaluate_every=evaluate_every,
+        save_every=save_every,
+        workers=workers,
+        seed=seed,
+        device=device,
+        skip_bad_lines=skip_bad_lines,
+        resume=resume,
+    )
+    result = train_draft(asked)
+    if not result["main_process"]:
+        return
+    if result["note"]:
+        typer.echo(result["note"], err=True)
+    acceptance = result["expected_acceptance"]
+    expected = "" if acceptance is None else f", expected acceptance {acceptance:.3f}"
+    typer.echo(f"{result['parameters']:,} parameters in {out} after {result['steps']} steps{expected}")
+
+
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
     """Shows versions, GPUs, backends, and why a backend is off."""
@@ -215,7 +350,7 @@ def main() -> None:
     """Entry point; bad input ends with its message instead of a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
 
