@@ -9,6 +9,9 @@ import numpy as np
 
 from fastspec.state import FinishReason
 
+#: Numbers that the bootstrap holds in memory together.
+MAX_RESAMPLED = 2**20
+
 
 def memory_bound_speedup(block_efficiency: float, cost_ratio: float, draft_passes: int) -> float:
     """MBSU = τ / (c γ + 1), the speed-up if passes cost what their weights take to read.
@@ -50,7 +53,13 @@ def bootstrap_interval(
     if count < 2:
         return None
     generator = np.random.default_rng(seed)
-    sums = np.stack([samples[generator.integers(count, size=count)].sum(0) for _ in range(resamples)])
+    at_once = max(1, MAX_RESAMPLED // samples.size)
+    sums = np.concatenate(
+        [
+            samples[generator.integers(count, size=(min(at_once, resamples - first), count))].sum(1)
+            for first in range(0, resamples, at_once)
+        ]
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         values = statistic(sums)
     values = values[np.isfinite(values)]
