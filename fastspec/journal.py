@@ -20,7 +20,7 @@ class Journal:
 
     Args:
         path: the file; made, with its folder, if there is none.
-        header: what the records are about. A journal with another header is refused.
+        header: what the records are about. A journal with records of another header is refused.
 
     Raises:
         ValueError: if the file is another run's, is in use, or is damaged anywhere but at its end.
@@ -80,7 +80,15 @@ class Journal:
         if None in entries:
             number = entries.index(None) + 1
             raise ValueError(f"{self.path}, line {number}: damaged, not a JSON object")
-        self._check(entries[0], json.loads(_line(header)))
+        try:
+            self._check(entries[0], json.loads(_line(header)))
+        except ValueError:
+            if len(entries) > 1 or entries[0].keys() != header.keys():
+                raise
+            # A run that ended before its first record, such as for a mistake in a file, left nothing to protect.
+            self._file.truncate(0)
+            self._write(_line(header))
+            return []
         self._file.truncate(end)
         return entries[1:]
 

@@ -305,6 +305,28 @@ def test_seeds_are_fixed_for_each_prompt_and_combination(run, toys, questions, t
     assert any(one[key]["token_ids"] != other[key]["token_ids"] for key in one)
 
 
+def test_the_first_token_s_time_is_apart_from_decoding(run, toys, questions, monkeypatch, tmp_path):
+    # A clock that advances by a second with each look: at the start, at the first token, at the end.
+    monkeypatch.setattr(runs.time, "perf_counter", iter(range(10_000)).__next__)
+    assert run(*ASKED, "--limit", 1, "--out", "out")[0] == 0
+    for line in (tmp_path / "out" / "journal.jsonl").read_text().splitlines()[1:]:
+        assert (json.loads(line)["first_token_seconds"], json.loads(line)["decoding_seconds"]) == (1, 1)
+
+
+def test_the_end_of_sequence_ends_an_answer(run, toys, questions, tmp_path):
+    target, _ = toys
+    assert run(*ASKED, "--out", "out")[0] == 0
+    # A token in the middle of some greedy answer becomes the end of all.
+    answers = {key: line["token_ids"] for key, line in records(tmp_path / "out").items() if key[2] == 0}
+    target.generation_config.eos_token_id = [2, answers["questions.jsonl", "7", 0.0, PLAIN][3]]
+    assert run(*ASKED, "--out", "ended")[0] == 0
+    for key, tokens in answers.items():
+        ends = [place for place, token in enumerate(tokens) if token in target.generation_config.eos_token_id]
+        line = records(tmp_path / "ended")[key]
+        assert line["token_ids"] == tokens[: ends[0] + 1 if ends else None]
+        assert line["finish_reason"] == ("eos" if ends else "length")
+
+
 # Resuming
 
 
@@ -425,6 +447,14 @@ def test_a_journal_that_is_none(tmp_path):
             journal.append({"four": 4})
         with Journal(path, header) as journal:
             assert journal.records[2:] == [{"four": 4}]
+    path.write_bytes(b'{"gamma": 5}\n')  # of a run that ended before its first record
+    with Journal(path, header) as journal:
+        assert journal.records == []
+        journal.append({"one": 1})
+    with Journal(path, header) as journal:
+        assert journal.records == [{"one": 1}]
+    with pytest.raises(ValueError, match="another gamma: 3 there, 5 now"):
+        Journal(path, {"gamma": 5})
     with Journal(path, header) as journal, pytest.raises(ValueError, match="not JSON compliant"):
         journal.append({"rate": math.nan})
 
@@ -495,7 +525,9 @@ def test_a_malformed_line_ends_with_its_number(run, toys, questions, decoded, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_images_and_lengths_are_checked_before_any_decoding(run, toys, questions, decoded, tmp_path):
+def test_images_and_lengths_are_checked_before_any_decoding(
+    run, toys, questions, decoded, monkeypatch, tmp_path
+):
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     status, _, notes = run(*ASKED, "--out", "out")
     assert status == 2
@@ -504,6 +536,12 @@ def test_images_and_lengths_are_checked_before_any_decoding(run, toys, questions
     status, _, notes = run(*ASKED, "--out", "out")
     assert status == 2
     assert "questions.jsonl, line 3: the target's processor refuses the prompt: too tall" in notes
+    (tmp_path / "token.jsonl").write_text(json.dumps({"id": "t", "prompt": "What is [IMG]?"}))
+    with monkeypatch.context() as patch:
+        patch.setattr(ToyProcessor, "image_token", "[IMG]")
+        status, _, notes = run(*ASKED, "--task", "token.jsonl", "--limit", 1, "--out", "new")
+    assert status == 2
+    assert "error: token.jsonl, line 1: the prompt holds the target's own image token '[IMG]'" in notes
     (tmp_path / "long.jsonl").write_text(json.dumps({"id": "long", "prompt": "x" * 250}))
     status, _, notes = run(*ASKED, "--task", "long.jsonl", "--limit", 1, "--out", "new")
     assert status == 2
