@@ -112,7 +112,7 @@ def evaluate(evaluation: Evaluation, notes: Console) -> Results:
     with Journal(evaluation.out / JOURNAL, head) as journal, _progress(notes) as progress:
         runs = {run.key: run for run in map(Run.from_json, journal.records)}
         if runs:
-            notes.print(f"{len(runs)} runs are in {journal.path} already", soft_wrap=True)
+            notes.print(f"{len(runs)} runs are in {journal.path} already", soft_wrap=True, markup=False)
         decoding.allocate(tasks, progress)
         for task in tasks:
             ways = list(product(params, (PLAIN, *combinations)))
@@ -120,8 +120,7 @@ def evaluate(evaluation: Evaluation, notes: Console) -> Results:
             for prompt in task.prompts:
                 # All ways of decoding a prompt follow one another, so that a machine that becomes slower
                 # or faster in the course of an evaluation does so for all of them.
-                keys = {way: (task.name, prompt.id, *way) for way in ways}
-                missing = [way for way in ways if keys[way] not in runs]
+                missing = [way for way in ways if (task.name, prompt.id, *way) not in runs]
                 progress.advance(bar, len(ways) - len(missing))
                 if not missing:
                     continue
@@ -229,7 +228,7 @@ def device_name(device: str) -> str:
 
 def _progress(notes: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastspec.evaluation import Results
@@ -67,10 +68,11 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
     for row in rows:
         place = (row["task"], row["temperature"])
         if place not in made:
-            made[place] = _empty_table(f"{tasks[row['task']]}, temperature {row['temperature']:g}", place[1])
+            title = f"{escape(tasks[row['task']])}, temperature {row['temperature']:g}"
+            made[place] = _empty_table(title, row["temperature"])
         plain, interval = row["draft"] is None, row["block_efficiency_interval"]
         cells = [
-            "plain" if plain else drafts[row["draft"]],
+            "plain" if plain else escape(drafts[row["draft"]]),
             row["shape"],
             row["rule"] or "-",
             _number(row["block_efficiency"]),

@@ -633,7 +633,7 @@ def results():
     rows = []
     for name in ("a/t.jsonl", "b/u.jsonl"):
         task = Task(name, (TaskPrompt("p", "x", (), ""), TaskPrompt("q", "x", (), "")))
-        ways = [PLAIN, Combination("x/one", (1, 1), "block"), Combination("x/two", (2, 1), "traversal")]
+        ways = [PLAIN, Combination("x/one", (1, 1), "block"), Combination("x/[two]", (2, 1), "traversal")]
         wrong = [name == "b/u.jsonl" and way is ways[2] for way in ways]
         made = [
             made_run(
@@ -656,16 +656,16 @@ def test_the_report(results, tmp_path, monkeypatch, capsys):
     # 5 tokens in 3 passes; acceptance 2/3 and 0; c = 0.1 and two draft passes; 10 tokens/s to 2.
     figures = r"1\.67 +1\.67-1\.67 +0\.67 0\.00 +1\.39 +10\.0 +5\.00 +20\.0 ms"
     assert len(re.findall(rf"^ *one +chain 2 +block +{figures} +yes *$", out, re.MULTILINE)) == 2
-    assert len(re.findall(rf"^ *two +tree 2,1 +traversal +{figures} +yes *$", out, re.MULTILINE)) == 1
-    assert len(re.findall(rf"^ *two +tree 2,1 +traversal +{figures} +NO *$", out, re.MULTILINE)) == 1
+    assert len(re.findall(rf"^ *\[two\] +tree 2,1 +traversal +{figures} +yes *$", out, re.MULTILINE)) == 1
+    assert len(re.findall(rf"^ *\[two\] +tree 2,1 +traversal +{figures} +NO *$", out, re.MULTILINE)) == 1
     assert re.search(r"^t, temperature 0 *$", out, re.MULTILINE)
     assert "left out: tree 2,1 of three: because\n" in out
-    assert "NOT identical to plain decoding: b/u.jsonl, x/two, tree 2,1, traversal: prompts p, q\n" in out
-    assert "NaN or infinite logits ended 2 answers: b/u.jsonl, x/two, tree 2,1, traversal\n" in out
+    assert "NOT identical to plain decoding: b/u.jsonl, x/[two], tree 2,1, traversal: prompts p, q\n" in out
+    assert "NaN or infinite logits ended 2 answers: b/u.jsonl, x/[two], tree 2,1, traversal\n" in out
     assert "plot left out: matplotlib is not installed" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json"]
     written = json.loads((tmp_path / "results.json").read_text())
-    assert [row["draft"] for row in written["rows"]] == 2 * [None, "x/one", "x/two"]
+    assert [row["draft"] for row in written["rows"]] == 2 * [None, "x/one", "x/[two]"]
 
 
 def test_the_plot(results, tmp_path, monkeypatch):
@@ -687,7 +687,7 @@ def test_the_plot(results, tmp_path, monkeypatch):
         }
         assert heights == {
             label: [row[measure] for row in results.rows if row["draft"] == draft]
-            for label, draft in (("one chain 2 block", "x/one"), ("two tree 2,1 traversal", "x/two"))
+            for label, draft in (("one chain 2 block", "x/one"), ("[two] tree 2,1 traversal", "x/[two]"))
         }
         assert [label.get_text() for label in axes.get_xticklabels()] == ["t", "u"]
 
