@@ -63,8 +63,7 @@ def encode_chat(processor: Any, chat: Chat, distilled: bool) -> Example:
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids = encoded["input_ids"]
     said = [
-        first < last and any(first < end and last > start for start, end in spans)
-        for first, last in encoded["offset_mapping"]
+        any(first < end and last > start for start, end in spans) for first, last in encoded["offset_mapping"]
     ]
     # What the template puts after the last answer, spaces mostly, no assistant says; the end token it does.
     count = 1 + max(index for index, one in enumerate(said) if one)
