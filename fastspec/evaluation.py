@@ -18,7 +18,6 @@ from torch import nn
 
 from fastspec.combination import PLAIN, combine, distinct
 from fastspec.command import check_dtype, load_draft, load_target
-from fastspec.decoder import check_target
 from fastspec.info import collect
 from fastspec.journal import Journal
 from fastspec.runs import Decoding, Run
@@ -142,7 +141,6 @@ def _load_models(evaluation: Evaluation) -> tuple[Any, nn.Module, dict[str, tupl
         _Models(evaluation.target, draft, evaluation.dtype, evaluation.device) for draft in evaluation.drafts
     ]
     processor, target = load_target(asked[0])
-    check_target(target)
     return processor, target, {models.draft: load_draft(models) for models in asked}
 
 

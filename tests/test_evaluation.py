@@ -238,7 +238,9 @@ def test_a_row_of_nothing_has_no_rates():
 
 def test_rows_are_what_generate_does(run, toys, questions, tmp_path):
     target, drafts = toys
-    status, out, notes = run(*ASKED, "--draft", "far", "--tree", "2,1", "--out", "out")
+    status, out, notes = run(
+        *ASKED, "--draft", "far", "--tree", "2,1", "--rule", "drafter_invariant", "--out", "out"
+    )
     assert status == 0, notes
     results = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
     made = records(tmp_path / "out")
@@ -289,7 +291,7 @@ def test_rows_are_what_generate_does(run, toys, questions, tmp_path):
     assert header["fastspec"] == fastspec.__version__
     for title in ("questions, temperature 0", "questions, temperature 1"):
         assert title in out
-    assert len(re.findall(r"^ *near .*tree 2,1 +recursive_rejection +[\d.]+", out, re.MULTILINE)) == 2
+    assert len(re.findall(r"^ *near .*tree 2,1 +drafter_invariant +[\d.]+", out, re.MULTILINE)) == 2
 
 
 def test_seeds_are_fixed_for_each_prompt_and_combination(run, toys, questions, tmp_path):
