@@ -4,7 +4,9 @@ import copy
 import csv
 import json
 import math
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -511,6 +513,39 @@ def test_accumulated_batches_are_one_batch(folder, tmp_path):
     for name, weight in one.items():
         torch.testing.assert_close(weight, two[name], rtol=1e-3, atol=1e-4)
     assert course(tmp_path / "one", "loss") == pytest.approx(course(tmp_path / "two", "loss"), rel=1e-4)
+
+
+@needs_weights
+def test_two_processes_learn_what_one_does(folder, tmp_path):
+    one = asked(folder, tmp_path / "one", steps=2, held_out=2, learning_rate=1e-2)
+    train_draft(one)
+    arguments = ["--target", "miniature", "--out", tmp_path / "two", "--stage", "distill", "--data", one.data[0],
+                 "--images", one.images, "--size", one.size, "--steps", 2, "--batch-size", 2, "--learning-rate", 1e-2,
+                 "--held-out", 2, "--log-every", 1, "--device", "cpu"]  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        "-m",
+        "fastspec",
+    ]
+    done = subprocess.run(
+        [str(word) for word in (*launch, "train-draft", *arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(fastspec.__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" parameters in ") == 1
+    for column in ("loss", "gradient_norm", "held_out_loss", "expected_acceptance"):
+        ours, theirs = course(one.out, column), course(tmp_path / "two", column)
+        assert theirs == pytest.approx(ours, rel=1e-3), column
+    assert len(course(one.out, "held_out_loss")) == 2
 
 
 @needs_weights

@@ -83,7 +83,7 @@ def train_draft(asked: Training) -> dict[str, Any]:
     loss = find_loss(asked.loss)
     compares = asked.loss != "cross-entropy"
     checkpoint = _resume_point(asked)
-    arguments = _trainer_arguments(asked)
+    arguments = _trainer_arguments(asked, fresh=checkpoint is None)
     set_seed(asked.seed)  # also for the random draft, which every process must make alike
     pair = load_pair(asked, str(arguments.device), with_target=compares or asked.held_out > 0)
 
@@ -115,8 +115,6 @@ def train_draft(asked: Training) -> dict[str, Any]:
         remove_torn_checkpoints(asked.run_folder)
         history.begin(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     trainer.accelerator.wait_for_everyone()
-    if held_out is not None and checkpoint is None:
-        trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = _final_metrics(trainer)
     result = {
@@ -153,7 +151,7 @@ def _resume_point(asked: Training) -> Path | None:
     return checkpoint
 
 
-def _trainer_arguments(asked: Training) -> TrainingArguments:
+def _trainer_arguments(asked: Training, fresh: bool) -> TrainingArguments:
     on_gpu = torch.cuda.is_available() and asked.device != "cpu"
     evaluates = asked.held_out > 0
     arguments = TrainingArguments(
@@ -175,6 +173,8 @@ def _trainer_arguments(asked: Training) -> TrainingArguments:
         logging_nan_inf_filter=False,  # it would hide what the run must stop for
         eval_strategy="steps" if evaluates else "no",
         eval_steps=asked.evaluate_every,
+        # Not trainer.evaluate() before training: it would leave the processes' gradients apart.
+        eval_on_start=evaluates and fresh,
         save_steps=asked.save_every,
         save_total_limit=2,
         dataloader_num_workers=asked.workers,
