@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from fastspec.training.chats import Chat, Turn, parse_chat
 from fastspec.training.checkpoints import last_good_checkpoint
 from fastspec.training.datasets import ChatRows, TextBlocks, shorten
 from fastspec.training.distill import Distillation, Question, distill
+from fastspec.training.history import History
 from fastspec.training.lines import BadLines, DataError, Line
 from fastspec.training.losses import LOSSES, expected_acceptance
 from fastspec.training.sizes import parse_size
@@ -580,6 +582,25 @@ def test_a_resumed_run_ends_like_one_without_interruption(folder, tmp_path, monk
     one, two = weights(whole.out), weights(cut.out)
     assert all(torch.equal(weight, two[name]) for name, weight in one.items())
     assert (whole.run_folder / "losses.csv").read_text() == (cut.run_folder / "losses.csv").read_text()
+
+
+def test_the_course_as_a_table_and_a_plot(tmp_path):
+    history = History(tmp_path, "forward-kl")
+    history.begin(0)
+    main = SimpleNamespace(global_step=2, is_world_process_zero=True)
+    history.on_log(None, main, None, {"loss": 0.5, "grad_norm": math.nan})
+    history.on_log(None, main, None, {"eval_loss": 0.25, "eval_expected_acceptance": 0.75})
+    history.on_log(None, main, None, {"train_runtime": 3.0})
+    history.on_log(None, SimpleNamespace(global_step=3, is_world_process_zero=False), None, {"loss": 9.0})
+    rows = (tmp_path / "losses.csv").read_text().splitlines()[1:]
+    assert rows == ["2,,0.5,,,,", "2,,,,,0.25,0.75"]
+    with (tmp_path / "losses.csv").open("a") as file:
+        file.write("3,,0.4")  # cut short by a kill
+    history.begin(3)
+    assert len(history.rows()) == 2
+    pytest.importorskip("matplotlib")
+    history.plot()
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
 @needs_weights
