@@ -16,7 +16,6 @@ namespace fastspec {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kTile = 512;     // tokens that a warp reads at once, 16 per lane
 constexpr int kVectors = 4;    // of four tokens, kTile / 4 apart from lane to lane
-constexpr int kMaxTiles = kMaxVocab / kTile;
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

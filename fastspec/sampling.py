@@ -191,9 +191,10 @@ class SamplingTensors:
         log_weights = (scores - maximum) / torch.where(temperature > 0, temperature, 1.0)
 
         # Single precision, in which the kernels work, knows no weight under 2**-126 of the largest.
-        kept = log_weights.exp() >= 2.0**-126
+        weights = log_weights.exp()
+        kept = weights >= 2.0**-126
         if self.cuts:
-            kept &= self._uncut(log_weights.exp())
+            kept &= self._uncut(weights)
         warped = torch.where(kept, log_weights, float("-inf"))
         return torch.where(temperature > 0, warped, greedy)
 

@@ -1,6 +1,7 @@
 """Shared switches and fixtures."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,3 +36,22 @@ def pytest_collection_modifyitems(config, items):
 def exhaustive(request):
     """Whether the exhaustive suite was asked for."""
     return request.config.getoption("--exhaustive")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs ``fastspec ARGUMENTS`` in an empty folder; returns exit status, stdout and stderr."""
+    from fastspec import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fastspec", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            return ended.code or 0, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return run

@@ -12,30 +12,13 @@ import torch
 from PIL import Image
 
 import fastspec
-from fastspec import cli, demo, miniature
+from fastspec import demo, miniature
 
 needs_weights = pytest.mark.skipif(
     not miniature.WEIGHTS.exists(),
     reason="the weights are absent; `python -m fastspec.miniature.train` makes them",
 )
 TARGET, DRAFT = str(miniature.WEIGHTS / "target"), str(miniature.WEIGHTS / "draft-ft")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Runs ``fastspec ARGUMENTS`` in an empty folder; returns exit status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fastspec", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as ended:
-            return ended.code or 0, *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

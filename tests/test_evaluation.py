@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 import fastspec
-from fastspec import cli, evaluation, miniature, report, runs
+from fastspec import evaluation, miniature, report, runs
 from fastspec.combination import PLAIN, Combination, combine
 from fastspec.journal import Journal
 from fastspec.metrics import bootstrap_interval
@@ -65,19 +65,9 @@ def toys(monkeypatch):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Runs ``fastspec ARGUMENTS`` in an empty folder; returns exit status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
+def run(run, monkeypatch):
+    """Wide enough for a whole table."""
     monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fastspec", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as ended:
-            return ended.code or 0, *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
     return run
 
 

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, LlavaForConditionalGeneration, Trainer
 
 import fastspec
-from fastspec import cli, miniature
+from fastspec import miniature
 from fastspec.training import train as training_module
 from fastspec.training.answers import AnswerFile
 from fastspec.training.batches import Collator, answer_positions, expand
@@ -78,22 +78,6 @@ def folder(tmp_path_factory):
     (folder / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "prompts.txt").write_text("Describe the picture.\n\nWhat is it?\n")
     return folder
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Runs ``fastspec ARGUMENTS``; returns exit status, stdout and stderr."""
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fastspec", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as ended:
-            return ended.code or 0, *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
-    return run
 
 
 def asked(folder, out, **changes):

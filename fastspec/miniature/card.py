@@ -77,10 +77,7 @@ def _resumed(log: dict) -> str:
     if not times:
         return ""
     again = "once" if times == 1 else f"{times} times"
-    return (
-        f" The target\nwas then trained further {again} on other scenes "
-        "(`--stage target,ft,score --resume --seed 1 --rate 4e-4`)."
-    )
+    return f" The target\nwas then trained further {again} on other scenes (`--resume`)."
 
 
 def _scores(log: dict) -> str:
