@@ -95,13 +95,140 @@ void propose(std::uintptr_t logits, int logit_type, int64_t logits_stride, std::
   check(fastspec::propose(params, pointer<void>(stream)), "fastspec propose kernel");
 }
 
+void commit(std::uintptr_t path, std::uintptr_t num_accepted, std::uintptr_t next_token, std::uintptr_t invalid,
+            std::uintptr_t eos_token_ids, std::uintptr_t max_tokens, std::uintptr_t tokens, std::uintptr_t num_tokens,
+            std::uintptr_t reason, std::uintptr_t num_new, std::uintptr_t num_drafted, std::uintptr_t tree_tokens,
+            std::uintptr_t new_tokens, std::uintptr_t report, std::uintptr_t cycles, std::uintptr_t accepted,
+            std::uintptr_t committed, std::uintptr_t seen, int64_t tokens_stride, int batch_size, int num_nodes,
+            int path_length, int vocab_size, int running, int ended, int full, int failed, bool first,
+            std::uintptr_t stream) {
+  const fastspec::CommitParams params = {.path = pointer<const int64_t>(path),
+                                         .num_accepted = pointer<const int64_t>(num_accepted),
+                                         .next_token = pointer<const int64_t>(next_token),
+                                         .invalid = pointer<const bool>(invalid),
+                                         .eos_token_ids = pointer<const int64_t>(eos_token_ids),
+                                         .max_tokens = pointer<const int64_t>(max_tokens),
+                                         .tokens = pointer<int64_t>(tokens),
+                                         .num_tokens = pointer<int64_t>(num_tokens),
+                                         .reason = pointer<int64_t>(reason),
+                                         .num_new = pointer<int64_t>(num_new),
+                                         .num_drafted = pointer<int64_t>(num_drafted),
+                                         .tree_tokens = pointer<int64_t>(tree_tokens),
+                                         .new_tokens = pointer<int64_t>(new_tokens),
+                                         .report = pointer<int64_t>(report),
+                                         .cycles = pointer<int64_t>(cycles),
+                                         .accepted = pointer<int64_t>(accepted),
+                                         .committed = pointer<int64_t>(committed),
+                                         .seen = pointer<bool>(seen),
+                                         .tokens_stride = tokens_stride,
+                                         .batch_size = batch_size,
+                                         .num_nodes = num_nodes,
+                                         .path_length = path_length,
+                                         .vocab_size = vocab_size,
+                                         .running = running,
+                                         .ended = ended,
+                                         .full = full,
+                                         .failed = failed,
+                                         .first = first};
+  check(fastspec::commit(params, pointer<void>(stream)), "fastspec commit kernel");
+}
+
+void compact(std::uintptr_t keys, std::uintptr_t values, std::uintptr_t num_tokens, std::uintptr_t path,
+             std::uintptr_t num_accepted, int64_t capacity, int num_layers, int batch_size, int num_heads,
+             int row_bytes, int path_length, std::uintptr_t stream) {
+  const fastspec::CompactParams params = {.keys = pointer<void>(keys),
+                                          .values = pointer<void>(values),
+                                          .num_tokens = pointer<const int64_t>(num_tokens),
+                                          .path = pointer<const int64_t>(path),
+                                          .num_accepted = pointer<const int64_t>(num_accepted),
+                                          .capacity = capacity,
+                                          .num_layers = num_layers,
+                                          .batch_size = batch_size,
+                                          .num_heads = num_heads,
+                                          .row_bytes = row_bytes,
+                                          .path_length = path_length};
+  check(fastspec::compact(params, pointer<void>(stream)), "fastspec compact kernel");
+}
+
+fastspec::PassParams pass_params(std::uintptr_t layers, std::uintptr_t embedding, std::uintptr_t final_norm,
+                                 std::uintptr_t lm_head, std::uintptr_t rotation, std::uintptr_t keys,
+                                 std::uintptr_t values, std::uintptr_t num_visible, std::uintptr_t visible,
+                                 std::uintptr_t normed, std::uintptr_t queries, std::uintptr_t mixed,
+                                 std::uintptr_t gated, std::uintptr_t squares, std::uintptr_t partials,
+                                 std::uintptr_t extremes, std::uintptr_t counters, int type, int batch_size,
+                                 int num_rows, int first_slot, int num_slots, int max_visible, int num_layers,
+                                 int hidden_size, int num_heads, int num_kv_heads, int head_dim, int ffn_size,
+                                 int vocab_size, int embedding_rows, int capacity, int num_splits, int residual_tile,
+                                 int num_blocks, int under_way, float epsilon, float scale) {
+  return {.layers = pointer<const fastspec::PassLayer>(layers),
+          .embedding = pointer<const void>(embedding),
+          .final_norm = pointer<const void>(final_norm),
+          .lm_head = pointer<const void>(lm_head),
+          .rotation = pointer<const float>(rotation),
+          .keys = pointer<void>(keys),
+          .values = pointer<void>(values),
+          .num_visible = pointer<const int>(num_visible),
+          .visible = pointer<const uint8_t>(visible),
+          .normed = pointer<void>(normed),
+          .queries = pointer<void>(queries),
+          .mixed = pointer<void>(mixed),
+          .gated = pointer<void>(gated),
+          .squares = pointer<float>(squares),
+          .partials = pointer<float>(partials),
+          .extremes = pointer<float>(extremes),
+          .counters = pointer<uint32_t>(counters),
+          .type = static_cast<fastspec::LogitType>(type),
+          .batch_size = batch_size,
+          .num_rows = num_rows,
+          .first_slot = first_slot,
+          .num_slots = num_slots,
+          .max_visible = max_visible,
+          .num_layers = num_layers,
+          .hidden_size = hidden_size,
+          .num_heads = num_heads,
+          .num_kv_heads = num_kv_heads,
+          .head_dim = head_dim,
+          .ffn_size = ffn_size,
+          .vocab_size = vocab_size,
+          .embedding_rows = embedding_rows,
+          .capacity = capacity,
+          .num_splits = num_splits,
+          .residual_tile = residual_tile,
+          .num_blocks = num_blocks,
+          .under_way = under_way,
+          .epsilon = epsilon,
+          .scale = scale};
+}
+
+py::bytes encode_weights(std::uintptr_t weights, int64_t rows, int64_t depth) {
+  alignas(64) char map[fastspec::kTensorMapBytes];
+  check(fastspec::encode_weights(pointer<const void>(weights), rows, depth, map), "fastspec weight map");
+  return py::bytes(map, sizeof(map));
+}
+
+void run_pass(const fastspec::PassParams& params, std::uintptr_t token_ids, std::uintptr_t prefix,
+              std::uintptr_t logit_row, std::uintptr_t logits, std::uintptr_t clock, std::uintptr_t stream) {
+  const fastspec::PassCall call = {.token_ids = pointer<const int64_t>(token_ids),
+                                   .prefix = pointer<const int64_t>(prefix),
+                                   .logit_row = pointer<const int64_t>(logit_row),
+                                   .logits = pointer<float>(logits),
+                                   .clock = pointer<int64_t>(clock)};
+  check(fastspec::run_pass(params, call, pointer<void>(stream)), "fastspec pass kernel");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels of fastspec; see fastspec.ops for what they compute";
   py::class_<fastspec::SamplingParams>(m, "SamplingParams").def(py::init(&sampling_params));
+  py::class_<fastspec::PassParams>(m, "PassParams").def(py::init(&pass_params));
   m.def("verify", &verify);
   m.def("propose", &propose);
+  m.def("encode_weights", &encode_weights);
+  m.def("run_pass", &run_pass);
+  m.def("pass_slots", &fastspec::pass_slots);
+  m.def("commit", &commit);
+  m.def("compact", &compact);
   m.def("max_verify_group", &fastspec::max_verify_group);
   m.def("max_propose_group", &fastspec::max_propose_group);
   m.attr("architectures") = FASTSPEC_ARCHITECTURES;

@@ -86,12 +86,116 @@ struct ProposeParams {
   int cluster_size;
 };
 
+constexpr int kReportTokens = 3;  // count, drafted and reason come before the tokens
+
+// What a verdict changes; [B] int64 each unless said. See fastspec.state.DecodeState.
+struct CommitParams {
+  const int64_t* path;  // [B, path_length]
+  const int64_t* num_accepted;
+  const int64_t* next_token;
+  const bool* invalid;
+  const int64_t* eos_token_ids;  // [B, kMaxEos], padded with -1
+  const int64_t* max_tokens;
+  int64_t* tokens;  // [B, tokens_stride]
+  int64_t* num_tokens;
+  int64_t* reason;
+  int64_t* num_new;
+  int64_t* num_drafted;
+  int64_t* tree_tokens;  // [B, num_nodes]
+  int64_t* new_tokens;   // [B, path_length]
+  int64_t* report;       // [B, kReportTokens + path_length]
+  int64_t* cycles;
+  int64_t* accepted;  // [B, path_length]
+  int64_t* committed;
+  bool* seen;  // [B, vocab_size]
+  int64_t tokens_stride;
+  int batch_size, num_nodes, path_length, vocab_size;
+  int running, ended, full, failed;  // numbers of fastspec.state.FinishReason
+  bool first;                        // the verdict is on the prefill's logits, which are not a cycle
+};
+
+// A static cache [layers, B, heads, capacity, row_bytes] whose accepted rows move together.
+struct CompactParams {
+  void* keys;
+  void* values;
+  const int64_t* num_tokens;  // [B], committed tokens; the cache holds one row fewer
+  const int64_t* path;        // [B, path_length]
+  const int64_t* num_accepted;
+  int64_t capacity;
+  int num_layers, batch_size, num_heads, row_bytes, path_length;
+};
+
+constexpr int kMaxPassRows = 128;
+constexpr int kMaxPassBatch = 8;
+constexpr int kMaxVisible = 17;  // rows of a pass that one of them sees, itself included
+constexpr int kMaxSplits = 8;    // blocks that share the keys of one head
+constexpr int kNearParts = 4;    // parts of the keys that are not split so
+constexpr int kMinSlots = 4;     // of the ring
+
+// Weights of one decoder layer: vectors, of which qkv_bias may be null, and tensor maps (encode_weights) of matrices
+// [out, in].
+struct PassLayer {
+  const void *input_norm, *qkv, *qkv_bias, *output, *post_norm, *gate_up, *down;
+};
+constexpr int kTensorMapBytes = 128;
+
+// One pass of a transformer over R rows of each of B sequences (pass.cuh). "Rows" below are the B R rows of all.
+struct PassParams {
+  const PassLayer* layers;  // [num_layers], on the device
+  const void* embedding;    // [embedding_rows, hidden_size]
+  const void* final_norm;   // [hidden_size]
+  const void* lm_head;      // tensor map of [vocab_size, hidden_size]
+  const float* rotation;    // [capacity, head_dim / 2, 2], cosine and sine of each position
+  void *keys, *values;      // [num_layers, B, num_kv_heads, capacity, head_dim]
+  const int* num_visible;   // [R], rows after the prefix that each row sees
+  const uint8_t* visible;   // [R, kMaxVisible], which ones, in order of position
+  // Work space; rows of operands are padded to a multiple of 32 elements, with zeros.
+  void* normed;        // [rows, hidden_size padded], residual stream times the weight of the norm that reads it
+  void* queries;       // [rows, num_heads * head_dim]
+  void* mixed;         // [rows, num_heads * head_dim padded]
+  void* gated;         // [rows, ffn_size padded]
+  float* squares;      // [rows, num_blocks], sums of squares of the features of each block
+  float* partials;     // [tiles, num_splits + kNearParts, 16, head_dim], outputs of parts of attention, for each
+                       // tile of 16 pairs of a row and a query head of each head of the cache
+  float* extremes;     // [tiles, num_splits + kNearParts, 16, 2], their maxima and sums of weights
+  uint32_t* counters;  // [2 + tiles], all zero between launches
+  LogitType type;      // of weights, cache and activations
+  int batch_size, num_rows, first_slot;
+  int num_slots;    // scratch rows after the prefix that may be read or written
+  int max_visible;  // largest of num_visible
+  int num_layers, hidden_size, num_heads, num_kv_heads, head_dim, ffn_size, vocab_size, embedding_rows, capacity;
+  int num_splits;
+  int residual_tile;  // rows of the matrices that write the residual stream which go together, 8 or 16
+  int num_blocks;     // one per multiprocessor
+  int under_way;      // slots of the ring that may be on their way from memory at a time
+  float epsilon;
+  float scale;  // of attention scores
+};
+
+struct PassCall {
+  const int64_t* token_ids;  // [B, R]
+  const int64_t* prefix;     // [B]
+  const int64_t* logit_row;  // [B], the row of each sequence whose logits are wanted; null: all
+  float* logits;             // [B, R or 1, vocab_size]
+  int64_t* clock;            // [5 num_layers + 3] ns at the end of each phase, for measuring; may be null
+};
+
+// Describes a row-major matrix of 16-bit elements to the bulk copies of a pass, in kTensorMapBytes that go to device
+// memory, aligned to 64 bytes; depth must be a multiple of 64. Returns a CUDA error code.
+int encode_weights(const void* weights, int64_t rows, int64_t depth, void* map);
+
 // Each launches one kernel on the stream and returns a CUDA error code.
 int verify(const VerifyParams& params, void* stream);
 int propose(const ProposeParams& params, void* stream);
+int run_pass(const PassParams& params, const PassCall& call, void* stream);
+int commit(const CommitParams& params, void* stream);
+int compact(const CompactParams& params, void* stream);
 
 // The most blocks that can work on one sequence (or row) together on the current device; 1 before sm_90.
 int max_verify_group();
 int max_propose_group();
+
+// Slots of the ring through which a pass would stream weights on the current device; it needs at least kMinSlots.
+int pass_slots(const PassParams& params);
 
 }  // namespace fastspec

@@ -10,19 +10,22 @@ from torch import nn
 
 from fastspec.draft import Draft, make_draft
 from fastspec.metrics import SpeculationRecord
-from fastspec.model.cache import CacheView
+from fastspec.model.passes import tree_pass
 from fastspec.model.transformer import DecodeTransformer
 from fastspec.model.vision import MULTIMODAL_MODELS, Prompt, is_multimodal, text_stack
 from fastspec.ops import Verifier
-from fastspec.ops.commit import commit
+from fastspec.ops.commit import Committer
+from fastspec.runtime import Reports, asked_memory, capture
 from fastspec.sampling import SamplingParams
-from fastspec.state import DecodeState, FinishReason
+from fastspec.state import REPORT_HEADER, DecodeState, FinishReason
 from fastspec.tree import DraftTree
 from fastspec.verification import Rule
 from fastspec.vocabulary import check_vocabularies
 
 MAX_BATCH_SIZE = 8
 DEFAULT_GAMMA = 5
+#: Cycles that a GPU has queued while the host looks at what the ones before committed.
+CYCLES_AHEAD = 2
 
 #: Changes target logits ``[B, R, V]`` at tree nodes before they become a law: (state, tree, logits) -> logits.
 LogitsHook = Callable[[DecodeState, DraftTree, torch.Tensor], torch.Tensor]
@@ -69,7 +72,8 @@ class Commitment:
 class SpeculativeDecoder:
     """A target and a draft, with static buffers that serve any number of requests.
 
-    Without a draft it decodes plainly: the same cycle with a tree of one node.
+    Without a draft it decodes plainly: the same cycle with a tree of one node. On a GPU the first generation
+    captures the cycle as a CUDA graph, which serves every later one, whatever its prompts and parameters.
 
     Args:
         target: a LLaVA-shaped model of transformers.
@@ -86,6 +90,7 @@ class SpeculativeDecoder:
     Raises:
         TypeError: for a target or draft that is no such model.
         ValueError: for arguments that do not fit together; the message names expected and given.
+        MemoryError: if the GPU has too little memory free; nothing stays allocated.
     """
 
     def __init__(
@@ -114,14 +119,26 @@ class SpeculativeDecoder:
                 f"capacity must be 2 to {self.target.max_positions}, the target's max_position_embeddings, "
                 f"got {capacity}"
             )
+        self._allocate(batch_size, capacity)
+
+    def _allocate(self, batch_size: int, capacity: int) -> None:
+        """Makes all that depends on the sizes, for the target, draft, tree and rule that are set."""
         self.batch_size, self.capacity = batch_size, capacity
-        self.state = DecodeState(batch_size, capacity, self.tree, self.target.vocab_size, self.target.device)
-        self.cache = self.target.new_cache(batch_size, capacity + self.tree.num_nodes)
-        shape = (batch_size, self.target.vocab_size, self.rule, self.target.device)
-        if self.draft is not None:
-            self.draft.allocate(batch_size, capacity, self.tree, *shape[1:])
-        self._verifier = Verifier(self.tree, *shape)
-        self._first_verifier = Verifier(DraftTree.chain(0), *shape)
+        device = self.target.device
+        with asked_memory(device):
+            self.state = DecodeState(batch_size, capacity, self.tree, self.target.vocab_size, device)
+            self.cache = self.target.new_cache(batch_size, capacity + self.tree.num_nodes)
+            shape = (batch_size, self.target.vocab_size, self.rule, device)
+            if self.draft is not None:
+                self.draft.allocate(batch_size, capacity, self.tree, *shape[1:])
+            self._pass = tree_pass(self.target, self.cache, self.tree.on(device).mask)
+            self._verifier = Verifier(self.tree, *shape)
+            self._first_verifier = Verifier(DraftTree.chain(0), *shape)
+        self._commit = Committer(self.state, self.cache)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._reports = Reports(self.state.report, CYCLES_AHEAD)
+        self._stopped: set[int] = set()
+        #: A hook needs the host in every cycle, which then runs uncaptured.
         self.logits_hook: LogitsHook | None = None
         #: Raw target logits of the last pass ``[B, R, V]``, and the nodes of the path it committed.
         self.last_logits: torch.Tensor | None = None
@@ -135,6 +152,8 @@ class SpeculativeDecoder:
             ValueError: for too many requests, an empty prompt, or one that does not fit the capacity.
         """
         self._check_requests(requests)
+        self._reports.clear()
+        self._stopped.clear()
         self.state.clear()
         first_logits = self.target.lm_head.new_zeros(self.batch_size, 1, self.target.vocab_size)
         for row, request in enumerate(requests):
@@ -155,20 +174,36 @@ class SpeculativeDecoder:
                 self.draft.prefill(row, prompt)
         self._accept(first_logits, DraftTree.chain(0), first=True)
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold the cycle: on a GPU, with kernels for its rule, and no hook."""
+        return (
+            self.target.device.type == "cuda"
+            and self.logits_hook is None
+            and self._verifier.backend != "reference"
+            and (self.draft is None or self.draft.capturable)
+        )
+
     @torch.no_grad()
+    def capture(self) -> None:
+        """Captures the cycle as a CUDA graph, if that is possible and has not been done; ends all sequences."""
+        if self._graph is None and self.capturable:
+            self.state.clear()  # the cycles of finished sequences change nothing
+            self._graph = capture(self._cycle, self.target.device)
+
     def cycle(self) -> None:
         """One cycle for all sequences: a straight line on the device, with no decision of the host's."""
-        state, tables = self.state, self.tree.on(self.target.device)
+        if self._graph is not None and self.logits_hook is None:
+            self._graph.replay()
+        else:
+            self._cycle()
+
+    @torch.no_grad()
+    def _cycle(self) -> None:
+        state = self.state
         if self.draft is not None:
             self.draft.propose(state)
-        prefix = state.num_tokens - 1
-        hidden = self.target.forward(
-            self.target.embed(state.tree_tokens),
-            prefix[:, None] + tables.depths,
-            self.cache,
-            CacheView(prefix, tables.mask),
-        )
-        self._accept(self.target.logits(hidden), self.tree)
+        self._accept(self._pass(state.tree_tokens, state.num_tokens - 1), self.tree)
 
     def _accept(self, logits: torch.Tensor, tree: DraftTree, first: bool = False) -> None:
         state = self.state
@@ -179,36 +214,48 @@ class SpeculativeDecoder:
         tokens = state.tree_tokens[:, : tree.num_nodes]
         verdict = verifier(logits, tokens, state.sampling, state.num_tokens, state.draft_logits)
         self.last_path = verdict.path
-        if not tree.is_chain:
-            self.cache.keep_path(state.num_tokens - 1, verdict.path)
-        commit(state, verdict, first=first)
+        self._commit(verdict, first=first)
 
     def poll(self) -> Commitment:
         """Reads what the last cycle committed; waits for the device."""
-        state = self.state
-        counts = state.num_new.tolist()
-        ends = state.num_tokens.tolist()
-        tokens = [
-            state.tokens[row, end - count : end].tolist()
-            for row, (count, end) in enumerate(zip(counts, ends, strict=True))
-        ]
-        reasons = [FinishReason(reason) for reason in state.reason.tolist()]
-        return Commitment(tokens, state.num_drafted.tolist(), reasons)
+        return read_report(self.state.report.tolist())
 
     def stop(self, row: int) -> None:
-        """Ends a sequence from the host, before the next cycle."""
+        """Ends a sequence from the host; cycles that are under way may still commit to it."""
+        self._stopped.add(row)
         self.state.reason[row] = FinishReason.STOPPED
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[Commitment]:
+    def stream(self, requests: Sequence[Request], ahead: int = CYCLES_AHEAD) -> Iterator[Commitment]:
         """Generates, yielding what the prefill and each cycle committed until all sequences are finished.
 
-        Abandoning the iterator leaves the decoder usable.
+        Abandoning the iterator leaves the decoder usable, and wastes at most the cycles under way.
+
+        Args:
+            requests: the sequences, at most ``batch_size``.
+            ahead: most cycles queued on a GPU at a time. With 1, ``last_logits`` and ``last_path`` belong to
+                the commitment that was yielded last.
         """
+        self.capture()
         self.prefill(requests)
-        yield self.poll()
-        while (self.state.reason == FinishReason.RUNNING).any():
-            self.cycle()
-            yield self.poll()
+        commitment = self.poll()
+        yield commitment
+        if self._graph is None or self.logits_hook is not None:
+            ahead = 1
+        room = [request.max_new_tokens for request in requests]
+        while True:
+            for row, tokens in enumerate(commitment.tokens[: len(room)]):
+                room[row] -= len(tokens)
+                if row in self._stopped or commitment.reasons[row] != FinishReason.RUNNING:
+                    room[row] = 0
+            if not any(room):
+                return
+            # A cycle commits at least one token to each running sequence: more cycles than the longest has room
+            # for cannot be needed.
+            while len(self._reports) < min(ahead, max(room)):
+                self.cycle()
+                self._reports.push()
+            commitment = read_report(self._reports.pop())
+            yield commitment
 
     def record(self, num_requests: int | None = None) -> SpeculationRecord:
         """Statistics of the generation so far."""
@@ -241,6 +288,15 @@ class SpeculativeDecoder:
                 )
             if self.draft is not None:
                 self.draft.check(request.prompt)
+
+
+def read_report(report: Sequence[Sequence[int]]) -> Commitment:
+    """The commitment that ``DecodeState.report`` describes."""
+    return Commitment(
+        tokens=[row[REPORT_HEADER : REPORT_HEADER + row[0]] for row in report],
+        num_drafted=[row[1] for row in report],
+        reasons=[FinishReason(row[2]) for row in report],
+    )
 
 
 def check_target(target: object) -> None:

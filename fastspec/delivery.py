@@ -39,7 +39,11 @@ class Delivery:
         keep_logits: bool = False,
     ):
         batch = prompt_ids.shape[0]
-        self._columns = prompt_ids
+        # Only what the user's code looks at must be on the user's device: each token sent there waits for the
+        # cycles that are queued.
+        self._device = prompt_ids.device
+        on_device = stopping_criteria or logits_processor is not None
+        self._columns = prompt_ids if on_device else prompt_ids.cpu()
         self._pad = pad_token_id
         self._criteria = stopping_criteria
         self._streamer = streamer
@@ -60,7 +64,7 @@ class Delivery:
     @property
     def sequences(self) -> torch.Tensor:
         """``[B, L + T]`` int64, prompts and answers so far."""
-        return self._columns
+        return self._columns.to(self._device)
 
     def push(self, commitment: Commitment, logits: Sequence[torch.Tensor] | None = None) -> list[int]:
         """Takes what a cycle committed and delivers every column that is complete.
@@ -119,7 +123,7 @@ class Delivery:
     def _keep(self, logits: list[torch.Tensor | None]) -> None:
         present = next(one for one in logits if one is not None)
         raw = torch.stack([torch.zeros_like(present) if one is None else one for one in logits])
-        raw = raw.float().to(self._columns.device)
+        raw = raw.float().to(self._device)
         if self._keep_logits:
             self.logits.append(raw)
         if self._processors is not None:

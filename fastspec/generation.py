@@ -16,6 +16,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.streamers import BaseStreamer
 
 from fastspec.decoder import (
+    CYCLES_AHEAD,
     MAX_BATCH_SIZE,
     Request,
     SpeculativeDecoder,
@@ -25,9 +26,11 @@ from fastspec.decoder import (
 )
 from fastspec.delivery import Delivery
 from fastspec.draft import Draft, make_draft
+from fastspec.draft.sharing import encode_shared
 from fastspec.metrics import SpeculationRecord
-from fastspec.model.vision import Prompt, check_pixel_values, deal_images, encode_images, image_token_id
+from fastspec.model.vision import Prompt, check_pixel_values, deal_images, image_token_id
 from fastspec.processors import ProcessorHook, translate
+from fastspec.runtime.decoder_cache import DecoderCache
 from fastspec.sampling import SamplingParams
 from fastspec.state import FinishReason
 from fastspec.tree import DraftTree
@@ -74,7 +77,8 @@ _IMAGE_ARGUMENTS = (
     "vision_feature_layers",
     "vision_feature_select_strategy",
 )
-_CAPACITY_STEP = 64
+_CAPACITY_STEP = 256
+_decoders = DecoderCache()
 
 
 @dataclass
@@ -192,6 +196,7 @@ def custom_generate(
         raise ValueError("stop_strings needs tokenizer, got None")
     made = make_draft(draft)
     return DecodingLoop(
+        source=draft,
         draft=made,
         tree=resolve_tree(made, gamma, tree),
         rule=rule,
@@ -209,6 +214,7 @@ def custom_generate(
 class DecodingLoop:
     """The callable that transformers' ``generate`` runs in place of its own sampling loop."""
 
+    source: object
     draft: Draft
     tree: DraftTree
     rule: Rule | str | None
@@ -244,16 +250,9 @@ class DecodingLoop:
         eos = _as_list(getattr(generation_config, "_eos_token_tensor", None))
         translated = translate(logits_processor, length, starts, eos)
         new_tokens = generation_config.max_length - length
-        decoder = SpeculativeDecoder(
-            model,
-            self.draft,
-            tree=self.tree,
-            rule=self.rule,
-            batch_size=batch,
-            capacity=_round_capacity(model, length - min(starts) + new_tokens),
-            tokenizer=self.tokenizer,
-            draft_tokenizer=self.draft_tokenizer,
-        )
+        needed = length - min(starts) + new_tokens
+        capacity = _round_capacity(model, needed)
+        self.draft.attach(model)
         prompts = make_prompts(
             model,
             input_ids,
@@ -273,9 +272,10 @@ class DecodingLoop:
             )
             for prompt, seed, row, start in zip(prompts, seeds, input_ids, starts, strict=True)
         ]
+        foreign = None
         if translated.foreign:
             lengths = [prompt.num_tokens for prompt in prompts]
-            decoder.logits_hook = ProcessorHook(logits_processor, input_ids, lengths)
+            foreign = ProcessorHook(logits_processor, input_ids, lengths)
             plain = SamplingParams(temperature=float(do_sample))
             requests = [replace(one, params=plain, draft_params=one.params) for one in requests]
 
@@ -288,8 +288,16 @@ class DecodingLoop:
             logits_processor if returns_dict and generation_config.output_scores else None,
             keep_logits=returns_dict and bool(generation_config.output_logits),
         )
-        run(decoder, requests, delivery, self.streamer)
-        record = replace(decoder.record(batch), drafted=tuple(map(tuple, delivery.drafted)))
+        shape = (self.tree, self.rule, batch)
+        decoder = _decoders.take(
+            model, self.source, shape, needed, lambda: self._new_decoder(model, batch, capacity)
+        )
+        try:
+            decoder.logits_hook = foreign
+            run(decoder, requests, delivery, self.streamer)
+            record = replace(decoder.record(batch), drafted=tuple(map(tuple, delivery.drafted)))
+        finally:
+            _decoders.give_back(model, self.source, shape, decoder)
         for row, reason in enumerate(record.finish_reasons):
             if reason == FinishReason.INVALID_LOGITS:
                 warnings.warn(
@@ -302,6 +310,19 @@ class DecodingLoop:
             scores=tuple(delivery.scores) if generation_config.output_scores else None,
             logits=tuple(delivery.logits) if generation_config.output_logits else None,
             speculation=record,
+        )
+
+    def _new_decoder(self, model: nn.Module, batch: int, capacity: int) -> SpeculativeDecoder:
+        # A draft's buffers are its decoder's: each decoder that is kept has a draft of its own.
+        return SpeculativeDecoder(
+            model,
+            self.source,
+            tree=self.tree,
+            rule=self.rule,
+            batch_size=batch,
+            capacity=capacity,
+            tokenizer=self.tokenizer,
+            draft_tokenizer=self.draft_tokenizer,
         )
 
     def _seeds(self, batch: int) -> list[int]:
@@ -343,7 +364,7 @@ def run(
     if streamer is not None:
         streamer.put(delivery.sequences.cpu())
     try:
-        for commitment in decoder.stream(requests):
+        for commitment in decoder.stream(requests, ahead=1 if delivery.wants_logits else CYCLES_AHEAD):
             logits = None
             if delivery.wants_logits:
                 logits = [
@@ -436,7 +457,7 @@ def make_prompts(
         groups = [repeated[first:last] for first, last in deal_images(counts, repeated)[::copies]]
     elif pixel_values is not None:
         check_pixel_values(model, pixel_values)
-        features = encode_images(model, images)
+        features = encode_shared(model, images)
         groups = [features[first:last] for first, last in deal_images(counts[::copies], features)]
     else:
         for row, count in enumerate(counts):

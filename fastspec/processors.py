@@ -155,7 +155,8 @@ class ProcessorHook:
         self._prompt_lengths = prompt_lengths
         names = ", ".join(sorted({type(processor).__name__ for processor in processors}))
         warnings.warn(
-            f"these logits processors run in Python at every drafted token, which is exact but slow: {names}",
+            "these logits processors run in Python at every drafted token, which is exact but slow (and on a GPU "
+            f"the decoding cycle cannot be captured as a CUDA graph): {names}",
             stacklevel=2,
         )
 

@@ -21,6 +21,10 @@ class FinishReason(IntEnum):
     STOPPED = 4
 
 
+#: Entries of a report before its tokens: how many are new, how many of those drafted, and the finish reason.
+REPORT_HEADER = 3
+
+
 class DecodeState:
     """Tokens, lengths, parameters and counters of B sequences, on preallocated tensors.
 
@@ -32,6 +36,8 @@ class DecodeState:
         reason: ``[B]`` int64, a :class:`FinishReason`.
         num_new: ``[B]`` int64, tokens committed by the last cycle; 0 once finished.
         num_drafted: ``[B]`` int64, how many of those were drafted.
+        new_tokens: ``[B, D + 1]`` int64, those tokens; what follows them is some token.
+        report: ``[B, 3 + D + 1]`` int64, for the host: count, drafted, reason and tokens of the last cycle.
         tree_tokens: ``[B, N]`` int64, the tree of this cycle, the root first, -1 where nothing was proposed.
         draft_logits: ``[B, N_inner, V]`` float32, log-weights of q (see :mod:`fastspec.ops.propose`).
         cycles: ``[B]`` int64, target passes over a tree.
@@ -59,6 +65,8 @@ class DecodeState:
         self.reason = zeros(batch_size) + FinishReason.LENGTH
         self.num_new = zeros(batch_size)
         self.num_drafted = zeros(batch_size)
+        self.new_tokens = zeros(batch_size, tree.max_depth + 1)
+        self.report = zeros(batch_size, REPORT_HEADER + tree.max_depth + 1)
         self.tree_tokens = zeros(batch_size, tree.num_nodes) - 1
         self.draft_logits = torch.zeros(batch_size, len(tree.inner), vocab_size, device=device)
         self.cycles = zeros(batch_size)

@@ -44,7 +44,47 @@ def drive(plant: str | None) -> None:
                         num_accepted=torch.zeros(0, device="cuda").long()
                     )
                 verifier(case.target_logits, case.tokens, case.sampling, case.positions, case.draft_logits)
+    drive_pass()
     torch.cuda.synchronize()
+
+
+def drive_pass() -> None:
+    """Passes and commitments of a small model, over chains and a tree, from empty and filled caches."""
+    import torch
+    from models import tiny_llama
+    from transformers import LlamaForCausalLM
+
+    from fastspec import DraftTree
+    from fastspec.model.transformer import DecodeTransformer
+    from fastspec.ops.commit import Committer
+    from fastspec.ops.fused_pass import FusedPass
+    from fastspec.ops.verify import Verdict
+    from fastspec.sampling import SamplingParams
+    from fastspec.state import DecodeState
+
+    model: LlamaForCausalLM = tiny_llama(
+        1003, 256, intermediate_size=640, num_attention_heads=4, num_key_value_heads=2, head_dim=64
+    ).to("cuda", torch.bfloat16)
+    transformer = DecodeTransformer(model.model, model.lm_head)
+    for tree, batch in ((DraftTree.chain(0), 1), (DraftTree.chain(4), 3), (DraftTree.kary((3, 2, 1)), 2)):
+        state = DecodeState(batch, 60, tree, 1003, "cuda")
+        cache = transformer.new_cache(batch, 60 + tree.num_nodes)
+        run = FusedPass(transformer, cache, tree.num_nodes, tree.on("cuda").mask)
+        committer = Committer(state, cache)
+        for row in range(batch):
+            prompt = torch.arange(3, device="cuda")
+            state.admit(row, prompt, 60, SamplingParams(), SamplingParams(), row, (2,))
+        state.tree_tokens[:, 1:] = 7
+        for prefix in (0, 1, 17, 50):
+            state.num_tokens.fill_(prefix + 1)
+            run(state.tree_tokens, state.num_tokens - 1)
+            verdict = Verdict(
+                tree.on("cuda").paths[-1:].expand(batch, -1).contiguous(),
+                torch.full((batch,), tree.max_depth, device="cuda"),
+                torch.full((batch,), 9, device="cuda"),
+                torch.zeros(batch, dtype=torch.bool, device="cuda"),
+            )
+            committer(verdict)
 
 
 def main() -> int:

@@ -7,20 +7,10 @@ import torch
 from fastspec import DraftTree
 from fastspec.decoder import SpeculativeDecoder
 from fastspec.draft import TextDraft
-from fastspec.ops import Verifier
+from fastspec.model.cache import StaticCache
 from fastspec.sampling import SamplingParams
-from fastspec.state import DecodeState, FinishReason
+from fastspec.state import FinishReason
 from fastspec.verification import Rule
-
-
-class _NoCache:
-    """A cache for models without attention."""
-
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-
-    def keep_path(self, prefix, path):
-        pass
 
 
 class TableTransformer:
@@ -38,8 +28,8 @@ class TableTransformer:
         self.num_bytes = logits.numel()
         self.lm_head = logits
 
-    def new_cache(self, batch_size: int, capacity: int) -> _NoCache:
-        return _NoCache(capacity)
+    def new_cache(self, batch_size: int, capacity: int) -> StaticCache:
+        return StaticCache(0, batch_size, 1, capacity, 2, torch.float32, self.device)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return token_ids.clamp(min=0)[..., None].to(self.dtype)
@@ -72,14 +62,7 @@ def table_decoder(
     self.target = TableTransformer(target)
     self.draft = None if draft is None else TableDraft(draft)
     self.tree, self.rule = tree, rule
-    self.batch_size, self.capacity = batch_size, len(target)
-    self.state = DecodeState(batch_size, self.capacity, tree, self.target.vocab_size, self.target.device)
-    self.cache = self.target.new_cache(batch_size, self.capacity)
-    shape = (batch_size, self.target.vocab_size, rule, self.target.device)
-    if self.draft is not None:
-        self.draft.allocate(batch_size, self.capacity, tree, *shape[1:])
-    self._verifier, self._first_verifier = Verifier(tree, *shape), Verifier(DraftTree.chain(0), *shape)
-    self.logits_hook = self.last_logits = self.last_path = None
+    self._allocate(batch_size, len(target))
     return self
 
 

@@ -75,7 +75,7 @@ def configure(folder, architectures):
 def test_cuda_kernels_have_no_warnings_and_no_spills(tmp_path):
     log = run(configure(tmp_path, "90a"), "--build", tmp_path)
     kernels = list(resources(log))
-    for stem in ("verify", "propose"):
+    for stem in ("verify", "propose", "pass"):
         assert any(f"{stem}_kernel" in name for name, *_ in kernels), log
     for name, registers, spills, stack in kernels:
         assert registers <= MAX_REGISTERS, name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+from torch import nn
 
 from fastspec.model.vision import Prompt
 from fastspec.state import DecodeState
@@ -19,6 +20,9 @@ class Draft(ABC):
     deterministic: bool = False
     #: Whether it can only propose chains.
     chains_only: bool = False
+    #: Whether :meth:`propose` leaves all decisions to the device, so that a CUDA graph can hold it, whatever the
+    #: sampling parameters.
+    capturable: bool = False
     #: Bytes of weights that one of its passes reads.
     num_bytes: int = 0
 
@@ -42,6 +46,9 @@ class Draft(ABC):
             rule: how its tokens will be accepted, which decides how they are best drawn.
             device: where the decoder's state is.
         """
+
+    def attach(self, target: nn.Module) -> None:  # noqa: B027, most drafts do not care who the target is
+        """Told of the target before its prompts are encoded, so that work can be shared."""
 
     def check(self, prompt: Prompt) -> None:  # noqa: B027, most drafts read every prompt
         """Raises ValueError, before any work, for a prompt it could not read."""

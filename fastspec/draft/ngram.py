@@ -23,6 +23,7 @@ class NgramDraft(Draft):
 
     deterministic = True
     chains_only = True
+    capturable = True
 
     def __init__(self, max_ngram: int = 3):
         if max_ngram < 1:

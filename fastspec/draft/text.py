@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastspec.draft.base import Draft
-from fastspec.model.cache import CacheView
+from fastspec.model.passes import tree_pass
 from fastspec.model.transformer import DecodeTransformer, check_text_model
 from fastspec.model.vision import Prompt, text_stack
 from fastspec.ops import Proposer
@@ -47,12 +47,19 @@ class TextDraft(Draft):
         window = tree.max_depth + 1
         self._tree = tree
         self._proposer = Proposer(tree, batch_size, vocab_size, rule, device)
+        self.capturable = self._proposer.backend != "reference"
         self._cache = self.transformer.new_cache(batch_size, capacity + window + len(tree.inner))
         self._length = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self._window = torch.arange(window, device=device)
-        self._causal = torch.ones(window, window, dtype=torch.bool, device=device).tril()
-        self._inner = tree.on(device).inner
-        self._mask = tree.on(device).mask[self._inner[1:]][:, self._inner[1:]]
+        inner = tree.on(device).inner
+        causal = torch.ones(window, window, dtype=torch.bool, device=device).tril()
+        below_root = tree.on(device).mask[inner[1:]][:, inner[1:]]
+        self._read_committed = tree_pass(self.transformer, self._cache, causal)
+        self._levels = []
+        for nodes in tree.levels[1:]:
+            first = tree.inner_index[nodes[0]] - 1
+            last = first + len(nodes)
+            read = tree_pass(self.transformer, self._cache, below_root[first:last, :last], first)
+            self._levels.append((inner[first + 1 : last + 1], read))
 
     def prefill(self, row: int, prompt: Prompt) -> None:
         embeddings = self.prompt_embeddings(prompt)
@@ -65,37 +72,19 @@ class TextDraft(Draft):
         return self.transformer.embed(prompt.text_ids)
 
     def propose(self, state: DecodeState) -> None:
-        hidden = self._read_committed(state)
-        for level, nodes in enumerate(self._tree.levels):
+        # A finished sequence commits nothing; its pass reads its own first row again.
+        last = state.num_new.clamp(min=1) - 1
+        logits = self._read_committed(state.new_tokens, self._length, last)
+        self._length += state.num_new
+        for level in range(self._tree.max_depth):
             if level > 0:
-                hidden = self._read_level(state, level, nodes)
+                nodes, read = self._levels[level - 1]
+                logits = read(state.tree_tokens[:, nodes], self._length)
             self._proposer(
-                self.transformer.logits(hidden),
+                logits,
                 level,
                 state.tree_tokens,
                 state.draft_logits,
                 state.draft_sampling,
                 state.num_tokens,
             )
-
-    def _read_committed(self, state: DecodeState) -> torch.Tensor:
-        """Catches up with the tokens of the last cycle; returns the root's hidden state, ``[B, 1, hidden]``."""
-        num_new = state.num_new.clamp(min=1)
-        places = state.num_tokens[:, None] - num_new[:, None] + self._window
-        embeddings = self.transformer.embed(state.tokens.gather(1, places))
-        positions = self._length[:, None] + self._window
-        hidden = self.transformer.forward(
-            embeddings, positions, self._cache, CacheView(self._length.clone(), self._causal)
-        )
-        self._length += state.num_new
-        last = (num_new - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
-        return hidden.gather(1, last)
-
-    def _read_level(self, state: DecodeState, level: int, nodes: tuple[int, ...]) -> torch.Tensor:
-        """One pass over the inner nodes of a level, ``[B, R, hidden]``."""
-        first = self._tree.inner_index[nodes[0]] - 1
-        last = first + len(nodes)
-        embeddings = self.transformer.embed(state.tree_tokens[:, self._inner[first + 1 : last + 1]])
-        positions = (self._length - 1 + level)[:, None].expand(-1, len(nodes))
-        view = CacheView(self._length, self._mask[first:last, :last], first_slot=first)
-        return self.transformer.forward(embeddings, positions, self._cache, view)

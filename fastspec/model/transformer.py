@@ -54,8 +54,8 @@ class DecodeTransformer:
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
 
         rope = text_model.rotary_emb
-        self._inverse_frequencies = rope.inv_freq.float().to(self.device)
-        self._rope_scaling = rope.attention_scaling
+        self.inverse_frequencies = rope.inv_freq.float().to(self.device)
+        self.rope_scaling = rope.attention_scaling
 
     @property
     def num_bytes(self) -> int:
@@ -150,9 +150,9 @@ class DecodeTransformer:
         return weight * exact.to(hidden.dtype)
 
     def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = positions[..., None].float() * self._inverse_frequencies
+        angles = positions[..., None].float() * self.inverse_frequencies
         angles = torch.cat((angles, angles), dim=-1)[:, :, None]
-        cos, sin = angles.cos() * self._rope_scaling, angles.sin() * self._rope_scaling
+        cos, sin = angles.cos() * self.rope_scaling, angles.sin() * self.rope_scaling
         return cos.to(self.dtype), sin.to(self.dtype)
 
 

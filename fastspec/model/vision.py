@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastspec.runtime.encoder_graphs import EncoderGraphs
+
+_graphs = EncoderGraphs()
 MULTIMODAL_MODELS = ("llava", "vipllava", "llava_next", "llava_onevision", "internvl", "mistral3")
 
 
@@ -106,8 +109,15 @@ def encode_images(model: nn.Module, images: dict[str, Any]) -> tuple[torch.Tenso
     if unknown:
         raise ValueError(f"{model.config.model_type} does not take these arguments: {', '.join(unknown)}")
     pixel_values = images["pixel_values"].to(model.device)
-    with torch.no_grad():
-        return tuple(encode(**{**images, "pixel_values": pixel_values}, return_dict=True).pooler_output)
+
+    @torch.no_grad()
+    def run(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(encode(**{**images, "pixel_values": pixels}, return_dict=True).pooler_output)
+
+    straight = model.config.model_type in ("llava", "vipllava") and len(images) == 1
+    if straight and pixel_values.is_cuda:
+        return _graphs(model, run, pixel_values)
+    return run(pixel_values)
 
 
 def deal_images(placeholder_counts: list[int], images: tuple[torch.Tensor, ...]) -> list[tuple[int, int]]:

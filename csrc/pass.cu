@@ -1,0 +1,56 @@
+// The host's side of a pass: what the device has room for, and which kernel.
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "pass.cuh"
+
+namespace fastspec {
+
+int pass_bfloat16(const PassParams& params, const PassCall& call, void* stream);
+int pass_half(const PassParams& params, const PassCall& call, void* stream);
+
+static_assert(sizeof(CUtensorMap) == kTensorMapBytes);
+
+int encode_weights(const void* weights, int64_t rows, int64_t depth, void* map) {
+  constexpr int kSince = 12000;  // the version of CUDA that brought the function
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found = {};
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kSince, cudaEnableDefault, &found);
+  if (error != cudaSuccess) return error;
+  if (found != cudaDriverEntryPointSuccess || function == nullptr) return cudaErrorNotSupported;
+  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  // [block][row][64] in memory as in shared memory.
+  const cuuint64_t sizes[] = {kBoxBlock, static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(depth / kBoxBlock)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(2 * depth), 2 * kBoxBlock};
+  const cuuint32_t box[] = {kBoxBlock, kBoxRows, kChunk / kBoxBlock}, steps[] = {1, 1, 1};
+  const CUresult result =
+      encode(static_cast<CUtensorMap*>(map), CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(weights), sizes,
+             strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+int pass_slots(const PassParams& params) {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  bytes -= static_cast<int>(sizeof(PassShared));
+  bytes -= bytes_behind_ring(params, padded_rows(params.batch_size * params.num_rows));
+  return std::min(std::max(bytes, 0) / kSlotBytes, kMaxSlots);
+}
+
+int run_pass(const PassParams& params, const PassCall& call, void* stream) {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (major < 9) return cudaErrorNotSupported;
+  if (params.batch_size * params.num_rows > kMaxPassRows) return cudaErrorInvalidValue;
+  if (params.type == LogitType::kBfloat16) return pass_bfloat16(params, call, stream);
+  if (params.type == LogitType::kHalf) return pass_half(params, call, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace fastspec

@@ -1,0 +1,314 @@
+"""Cycles as a captured graph launched ahead of the host, and decoders that outlive a call of generate."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from models import noisy_clone, picture_inputs, tiny_llama, tiny_llava
+
+import fastspec
+from fastspec import DraftTree, SpeculativeDecoder, generation
+from fastspec.decoder import Request, read_report
+from fastspec.generation import make_prompts
+from fastspec.runtime import Reports, asked_memory
+from fastspec.sampling import SamplingParams
+from fastspec.state import FinishReason
+
+TREE = DraftTree.from_children([[1, 2, 3], [4, 5], [6], [], [7], [], [], []])
+SAMPLED = SamplingParams(temperature=0.8, top_k=20, top_p=0.9)
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Every decoder that generate builds, with nothing kept from tests before."""
+    generation._decoders.clear()
+    decoders = []
+
+    class Counted(SpeculativeDecoder):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            decoders.append(weakref.ref(self))
+
+    monkeypatch.setattr(generation, "SpeculativeDecoder", Counted)
+    yield decoders
+    generation._decoders.clear()
+
+
+def generate(target, draft, batch=1, **kwargs):
+    kwargs = {"max_new_tokens": 12, "do_sample": False, "gamma": 3, **kwargs}
+    inputs = {name: tensor.to(target.device) for name, tensor in picture_inputs(batch).items()}
+    return fastspec.generate(target, draft=draft, **inputs, **kwargs)
+
+
+def alive(references):
+    gc.collect()
+    return [reference for reference in references if reference() is not None]
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "ngram"])
+def test_a_second_call_reuses_the_decoder_and_says_the_same(built, kind):
+    target = tiny_llava()
+    draft = {"text": tiny_llama(), "image": noisy_clone(target), "ngram": "ngram"}[kind]
+    first = generate(target, draft)
+    assert torch.equal(generate(target, draft), first)
+    sampled = generate(target, draft, do_sample=True, temperature=2.0, seed=5)
+    assert len(built) == 1
+    generation._decoders.clear()
+    assert torch.equal(generate(target, draft), first)
+    assert torch.equal(generate(target, draft, do_sample=True, temperature=2.0, seed=5), sampled)
+
+
+def test_what_a_decoder_was_built_for_decides_about_its_reuse(built):
+    target, draft, other = tiny_llava(), tiny_llama(), tiny_llama(seed=7)
+    generate(target, draft)
+    generate(target, draft, gamma=2)
+    generate(target, draft, batch=2)
+    generate(target, other)
+    assert len(built) == 4
+    assert len(alive(built)) == 2  # the last ones
+
+
+def test_a_processor_of_one_call_is_not_in_the_next(built):
+    target, draft = tiny_llava(), tiny_llama()
+    plain = generate(target, draft)
+
+    def only_nine(input_ids, scores):
+        return torch.full_like(scores, -1e4).index_fill(1, torch.tensor([9]), 0.0)
+
+    assert (generate(target, draft, logits_processor=[only_nine])[0, -12:] == 9).all()
+    assert torch.equal(generate(target, draft), plain)
+    assert len(built) == 1
+
+
+def test_weights_that_moved_are_found_again(built):
+    target, draft = tiny_llava(), tiny_llama()
+    before = generate(target, draft)
+    with torch.no_grad():
+        target.lm_head.weight.neg_()  # in place: the decoder sees it
+        changed = generate(target, draft)
+        target.lm_head.weight.data = target.lm_head.weight.neg()
+    assert not torch.equal(changed, before)
+    assert torch.equal(generate(target, draft), before)
+    assert len(built) == 2
+
+
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("dies", ["target", "draft"])
+def test_a_decoder_goes_with_either_of_its_models(built, dies, image):
+    models = {"target": tiny_llava(), "draft": tiny_llava(seed=4) if image else tiny_llama()}
+    generate(models["target"], models["draft"])
+    assert len(alive(built)) == 1
+    model = weakref.ref(models.pop(dies))
+    assert not alive([model])
+    assert not alive(built)
+
+
+def test_a_call_that_fails_leaves_a_usable_decoder(built):
+    target, draft = tiny_llava(), tiny_llama()
+    expected = generate(target, draft)
+
+    class Broken:
+        calls = 0
+
+        def put(self, value):
+            self.calls += 1
+            if self.calls == 4:
+                raise KeyboardInterrupt
+
+        def end(self):
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(target, draft, streamer=Broken())
+    assert torch.equal(generate(target, draft), expected)
+    assert len(built) == 1
+
+
+def test_a_draft_of_the_users_own_is_not_shared(built):
+    target = tiny_llava()
+    draft = fastspec.draft.TextDraft(tiny_llama())
+    expected = generate(target, draft)
+    generate(target, draft, gamma=2)
+    assert torch.equal(generate(target, draft), expected)
+    assert len(built) == 3
+
+
+def test_a_report_is_read():
+    commitment = read_report([[2, 1, FinishReason.RUNNING, 7, 8, 0], [0, 0, FinishReason.EOS, 5, 5, 5]])
+    assert commitment.tokens == [[7, 8], []]
+    assert commitment.num_drafted == [1, 0]
+    assert commitment.reasons == [FinishReason.RUNNING, FinishReason.EOS]
+
+
+def test_reports_come_in_order():
+    report = torch.zeros(1, 4, dtype=torch.int64)
+    reports = Reports(report, 1)
+    for value in range(3):
+        report.fill_(value)
+        reports.push()
+        assert len(reports) == 1
+        assert reports.pop() == [[value] * 4]
+    assert len(reports) == 0
+
+
+# On the GPU.
+
+
+def gpu_pair(dtype=torch.float32):
+    target = tiny_llava().to("cuda", dtype)
+    return target, tiny_llama().to("cuda", dtype)
+
+
+def requests_on(target, batch, params, tokens=20, first_seed=0):
+    inputs = {name: tensor.to("cuda") for name, tensor in picture_inputs(batch).items()}
+    prompts = make_prompts(target, inputs["input_ids"], [0] * batch, inputs)
+    return [
+        Request(prompt, tokens, params, seed=first_seed + row, eos_token_ids=(2,))
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def texts(decoder, requests, **kwargs):
+    answers = [[] for _ in requests]
+    for commitment in decoder.stream(requests, **kwargs):
+        for answer, tokens in zip(answers, commitment.tokens, strict=False):
+            answer += tokens
+    return answers
+
+
+@gpu
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("tree", [DraftTree.chain(3), TREE])
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0.0), SAMPLED], ids=["greedy", "sampled"])
+def test_a_captured_cycle_says_what_the_cycle_says(batch, tree, params):
+    target, draft = gpu_pair()
+    decoder = SpeculativeDecoder(target, draft, tree=tree, batch_size=batch)
+    assert decoder.capturable
+    requests = requests_on(target, batch, params)
+    captured = texts(decoder, requests)
+    assert decoder._graph is not None
+    for ahead in (1, 2):
+        assert texts(decoder, requests, ahead=ahead) == captured
+    decoder._graph = None
+    decoder.capture = lambda: None
+    assert texts(decoder, requests) == captured
+
+
+@gpu
+def test_one_graph_serves_other_prompts_lengths_and_ways_of_sampling():
+    target, draft = gpu_pair()
+    decoder = SpeculativeDecoder(target, draft, gamma=3, batch_size=2)
+    graphs = set()
+    for tokens, params in (
+        (5, SamplingParams(temperature=0.0)),
+        (30, SAMPLED),
+        (17, SamplingParams(temperature=1.3, repetition_penalty=1.2, min_tokens=30)),
+    ):
+        for batch in (1, 2):
+            requests = requests_on(target, batch, params, tokens, first_seed=tokens)
+            fresh = SpeculativeDecoder(target, draft, gamma=3, batch_size=2)
+            fresh.capture = lambda: None
+            assert texts(decoder, requests) == texts(fresh, requests)
+            graphs.add(id(decoder._graph))
+    assert len(graphs) == 1
+
+
+@gpu
+def test_an_abandoned_stream_leaves_the_decoder_usable():
+    target, draft = gpu_pair()
+    decoder = SpeculativeDecoder(target, draft, gamma=3)
+    requests = requests_on(target, 1, SAMPLED)
+    expected = texts(decoder, requests)
+    for commitments in range(1, 4):
+        stream = decoder.stream(requests)
+        for _ in range(commitments):
+            next(stream)
+        stream.close()
+        assert texts(decoder, requests) == expected
+
+
+@gpu
+def test_replays_allocate_nothing():
+    target, draft = gpu_pair(torch.bfloat16)
+    decoder = SpeculativeDecoder(target, draft, gamma=3)
+    decoder.capture()
+    decoder.prefill(requests_on(target, 1, SAMPLED))
+    torch.cuda.synchronize()
+    allocated, (free, _) = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()
+    for _ in range(10_000):
+        decoder.cycle()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == allocated
+    assert free - torch.cuda.mem_get_info()[0] < 2**21
+    assert decoder.poll().reasons != [FinishReason.RUNNING]
+
+
+@gpu
+def test_decoders_on_two_streams_leave_each_other_alone():
+    pairs = [gpu_pair(), (tiny_llava(seed=5).to("cuda"), tiny_llama(seed=6).to("cuda"))]
+    decoders = [SpeculativeDecoder(*pair, gamma=3) for pair in pairs]
+    requests = [requests_on(pair[0], 1, SAMPLED, 60) for pair in pairs]
+    expected = [texts(decoder, one) for decoder, one in zip(decoders, requests, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in pairs]
+    answers = [[], []]
+    generators = [decoder.stream(one) for decoder, one in zip(decoders, requests, strict=True)]
+    running = {0, 1}
+    while running:
+        for index in sorted(running):
+            with torch.cuda.stream(streams[index]):
+                commitment = next(generators[index], None)
+            if commitment is None:
+                running.remove(index)
+            else:
+                answers[index] += commitment.tokens[0]
+    assert [[answer] for answer in answers] == expected
+
+
+@gpu
+def test_memory_that_is_not_there_is_asked_for_and_given_back():
+    target, draft = gpu_pair(torch.bfloat16)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_per_process_memory_fraction(0.002)
+    try:
+        with (
+            pytest.raises(MemoryError, match=r"asked for .* GiB are free; a smaller capacity"),
+            asked_memory(torch.device("cuda:0")),
+        ):
+            torch.empty(2**30, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.cuda.memory_allocated() == before
+    assert len(texts(SpeculativeDecoder(target, draft, gamma=2), requests_on(target, 1, SAMPLED))) == 1
+
+
+@gpu
+def test_a_processor_on_the_host_runs_uncaptured_and_says_so():
+    target, draft = gpu_pair()
+    expected = generate(target, draft)
+
+    def keep(input_ids, scores):
+        return scores.clone()
+
+    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph"):
+        assert torch.equal(generate(target, draft, logits_processor=[keep]), expected)
+
+
+@gpu
+def test_invalid_logits_end_one_sequence_and_leave_the_graph_to_the_other():
+    target, draft = gpu_pair()
+    expected = generate(target, draft, batch=2)
+    broken = copy.deepcopy(target)
+    with torch.no_grad():
+        token = expected[0, -11]
+        broken.model.language_model.embed_tokens.weight[token] = float("nan")
+    if token in expected[1]:
+        pytest.skip("both sequences say the broken token")
+    with pytest.warns(UserWarning, match="sequence 0 ended early"):
+        output = generate(broken, draft, batch=2, return_dict_in_generate=True)
+    assert output.speculation.finish_reasons[0] == FinishReason.INVALID_LOGITS
+    assert torch.equal(output.sequences[1], expected[1])
