@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 
 from bench.ceilings import empty_kernel
+from bench.report import result_row
+from bench.setup import Setup
 from bench.timing import Timing, interleaved
-from bench.verify import PARAMS, VOCABULARIES, _row
+from bench.verify import PARAMS, VOCABULARIES
 from fastspec import DraftTree
 from fastspec.ops import Proposer
 from fastspec.sampling import SamplingTensors
 from fastspec.verification import Rule
 
-UNIT = "us"
 LEVELS = {
     "chain": (DraftTree.chain(5), 0),
     "fork4": (DraftTree.kary((4,)), 0),
@@ -20,10 +21,10 @@ LEVELS = {
 }
 
 
-def measure(read_bandwidth: float, quick: bool) -> list[dict]:
+def measure(setup: Setup) -> list[dict]:
     """Rows ``propose/<level>/V<vocabulary>/<sampling>/<backend>``: one level of the tree each."""
     launch = empty_kernel()
-    rows = [_row("ceiling/empty_kernel", Timing(launch, launch, launch))]
+    rows = [result_row("ceiling/empty_kernel", Timing(launch, launch, launch))]
     for vocab_size in VOCABULARIES:
         for level_name, (tree, level) in LEVELS.items():
             for params_name, params in PARAMS.items():
@@ -54,12 +55,12 @@ def measure(read_bandwidth: float, quick: bool) -> list[dict]:
                         torch.softmax(logits, -1).div_(torch.empty_like(logits).exponential_()).topk(4)
                     ),
                 }
-                timings = interleaved(calls, repeats=32, samples=20 if quick else 60)
-                floor = launch + 2 * count * vocab_size * 4 / read_bandwidth * 1e6
+                timings = interleaved(calls, repeats=32, samples=20 if setup.quick else 60)
+                floor = launch + 2 * count * vocab_size * 4 / setup.read_bandwidth * 1e6
                 others = {"torch_graph": timings["torch_graph"]} if params_name == "temperature" else {}
                 name = f"propose/{level_name}/V{vocab_size}/{params_name}"
                 rows += [
-                    _row(f"{name}/{backend}", timings[backend], floor, others)
+                    result_row(f"{name}/{backend}", timings[backend], floor, others)
                     for backend in ("cuda", "triton")
                 ]
     return rows

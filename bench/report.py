@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from bench.timing import Timing
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -20,7 +22,7 @@ def header(read_bandwidth: float, commit: str | None = None) -> dict:
     values = _run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]).split(", ")
     driver, sm, memory, most, power = values if len(values) == 5 else ("unknown",) * 5
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "driver": driver,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
@@ -53,16 +55,55 @@ def write(question: str, head: dict, rows: list[dict], out: Path | None = None) 
     return path
 
 
-def print_table(rows: list[dict], unit: str = "us") -> None:
-    """One fixed-width line per row: time, spread, share of the floor, ratios."""
+def result_row(
+    name: str,
+    timing: Timing,
+    floor: float | None = None,
+    others: dict[str, Timing] | None = None,
+    *,
+    unit: str = "us",
+    num_bytes: int | None = None,
+    **more: float,
+) -> dict:
+    """One row of results.
+
+    Args:
+        name: what was timed, parts separated by slashes.
+        timing: in microseconds.
+        floor: the least it could take, in microseconds.
+        others: baselines of the same run; their times over this one become ratios.
+        unit: ``us`` or ``ms``, for the time in the row.
+        num_bytes: what it must read; the row then tells the TB/s.
+        more: further figures, by name.
+    """
+    scale = {"us": 1.0, "ms": 1e3}[unit]
+    result = {"name": name, unit: round(timing.median / scale, 3)}
+    result |= {"p10": round(timing.p10 / scale, 3), "p90": round(timing.p90 / scale, 3)}
+    if num_bytes is not None:
+        result["tbs"] = round(num_bytes / timing.median * 1e-6, 3)
+    if floor is not None:
+        result["share_of_floor"] = round(floor / timing.median, 3)
+    if others:
+        result["ratio"] = {other: round(their.median / timing.median, 2) for other, their in others.items()}
+    return result | {key: round(value, 3) for key, value in more.items()}
+
+
+_COLUMNS = ("name", "us", "ms", "p10", "p90", "tbs", "share_of_floor", "ratio")
+
+
+def print_table(rows: list[dict]) -> None:
+    """One fixed-width line per row: time, spread, TB/s, share of the floor, ratios and other figures."""
     width = max(len(row["name"]) for row in rows)
-    print(f"{'':<{width}} {unit:>9} {'p10':>9} {'p90':>9} {'floor':>6}  ratio")
+    print(f"{'':<{width}} {'time':>9}    {'p10':>9} {'p90':>9} {'TB/s':>6} {'floor':>6}  ratio")
     for row in rows:
-        share = row.get("share_of_floor")
-        ratios = "  ".join(f"{value:.2f}x {name}" for name, value in row.get("ratio", {}).items())
+        unit = "us" if "us" in row else "ms"
+        rate, share = row.get("tbs"), row.get("share_of_floor")
+        notes = [f"{value:.2f}x {name}" for name, value in row.get("ratio", {}).items()]
+        notes += [f"{name} {value:.3f}" for name, value in row.items() if name not in _COLUMNS]
         print(
-            f"{row['name']:<{width}} {row[unit]:>9.2f} {row['p10']:>9.2f} {row['p90']:>9.2f} "
-            f"{'' if share is None else format(share, '>6.0%')}  {ratios}",
+            f"{row['name']:<{width}} {row[unit]:>9.3f} {unit} {row['p10']:>9.3f} {row['p90']:>9.3f} "
+            f"{'' if rate is None else format(rate, '.3f'):>6} "
+            f"{'' if share is None else format(share, '.0%'):>6}  {'  '.join(notes)}",
             flush=True,
         )
 

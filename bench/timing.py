@@ -1,9 +1,11 @@
-"""Timing on a GPU: graphs, events, medians with their spread."""
+"""Timing on a GPU: graphs, events, medians with their spread. Without one, plain loops, to try the benchmarks."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,8 +19,21 @@ class Timing(NamedTuple):
     p90: float
 
 
-def capture(call: Callable[[], object], repeats: int = 1) -> torch.cuda.CUDAGraph:
+class Loop:
+    """What stands for a graph where there is no GPU."""
+
+    def __init__(self, call: Callable[[], object], repeats: int):
+        self._call, self._repeats = call, repeats
+
+    def replay(self) -> None:
+        for _ in range(self._repeats):
+            self._call()
+
+
+def capture(call: Callable[[], object], repeats: int = 1) -> torch.cuda.CUDAGraph | Loop:
     """``repeats`` calls as one CUDA graph, after a warm-up."""
+    if not torch.cuda.is_available():
+        return Loop(call, repeats)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -31,9 +46,9 @@ def capture(call: Callable[[], object], repeats: int = 1) -> torch.cuda.CUDAGrap
     return graph
 
 
-def time_replays(graph: torch.cuda.CUDAGraph, repeats: int, samples: int = 60) -> Timing:
+def time_replays(graph: torch.cuda.CUDAGraph | Loop, repeats: int, samples: int = 60) -> Timing:
     """Microseconds per call of a graph of ``repeats`` calls, by events around each replay."""
-    return _summary([_events(graph.replay) / repeats for _ in range(samples + 5)][5:])
+    return summary([elapsed(graph.replay) / repeats for _ in range(samples + 5)][5:])
 
 
 def time_graph(call: Callable[[], object], repeats: int = 50, samples: int = 60) -> Timing:
@@ -49,7 +64,7 @@ def time_eager(call: Callable[[], object], repeats: int = 20, samples: int = 20)
             call()
 
     several()
-    return _summary([_events(several) / repeats for _ in range(samples)])
+    return summary([elapsed(several) / repeats for _ in range(samples)])
 
 
 def interleaved(
@@ -60,13 +75,24 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in calls}
     for sample in range(samples + 5):
         for name, graph in graphs.items():
-            elapsed = _events(graph.replay) / repeats
+            microseconds = elapsed(graph.replay) / repeats
             if sample >= 5:
-                times[name].append(elapsed)
-    return {name: _summary(values) for name, values in times.items()}
+                times[name].append(microseconds)
+    return {name: summary(values) for name, values in times.items()}
 
 
-def _events(run: Callable[[], object]) -> float:
+def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """A call that makes the next of several each time, so that none finds its data in the cache."""
+    following = itertools.cycle(calls)
+    return lambda: next(following)()
+
+
+def elapsed(run: Callable[[], object]) -> float:
+    """Microseconds of the work that ``run`` launches on the current stream."""
+    if not torch.cuda.is_available():
+        begin = time.perf_counter()
+        run()
+        return (time.perf_counter() - begin) * 1e6
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -75,6 +101,7 @@ def _events(run: Callable[[], object]) -> float:
     return start.elapsed_time(end) * 1e3
 
 
-def _summary(values: list[float]) -> Timing:
-    deciles = statistics.quantiles(values, n=10)
+def summary(values: Sequence[float]) -> Timing:
+    """The median of at least two samples, with its spread."""
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
     return Timing(statistics.median(values), deciles[0], deciles[-1])

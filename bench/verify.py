@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from bench.ceilings import empty_kernel
-from bench.report import clock_megahertz
+from bench.report import clock_megahertz, result_row
+from bench.setup import Setup
 from bench.timing import Timing, interleaved, time_eager
 from fastspec import DraftTree
 from fastspec.ops import Proposer, Verifier
 from fastspec.sampling import SamplingParams, SamplingTensors
 from fastspec.verification import Rule
 
-UNIT = "us"
 TREES = {
     "chain5": DraftTree.chain(5),
     "chain7": DraftTree.chain(7),
@@ -121,11 +121,11 @@ def flashinfer_chain(each: Inputs) -> Callable[[], object] | None:
     )
 
 
-def measure(read_bandwidth: float, quick: bool) -> list[dict]:
+def measure(setup: Setup) -> list[dict]:
     """Rows ``verify/<tree>/V<vocabulary>/<sampling>/<backend>`` and the parts of the fused launch."""
     launch = empty_kernel()
-    rows = [_row("ceiling/empty_kernel", Timing(launch, launch, launch))]
-    samples = 20 if quick else 60
+    rows = [result_row("ceiling/empty_kernel", Timing(launch, launch, launch))]
+    samples = 20 if setup.quick else 60
     for vocab_size in VOCABULARIES:
         for tree_name, tree in TREES.items():
             for params_name, params in PARAMS.items():
@@ -139,14 +139,14 @@ def measure(read_bandwidth: float, quick: bool) -> list[dict]:
                 timings = interleaved(calls, repeats=MAX_ROTATION * 4, samples=samples)
                 if "torch_graph" in calls:
                     timings["torch_eager"] = time_eager(calls["torch_graph"])
-                floor = launch + read / read_bandwidth * 1e6
+                floor = launch + read / setup.read_bandwidth * 1e6
                 for backend in ("cuda", "triton"):
                     others = {
                         other: timing for other, timing in timings.items() if other not in ("cuda", "triton")
                     }
-                    rows.append(_row(f"{name}/{backend}", timings[backend], floor, others))
+                    rows.append(result_row(f"{name}/{backend}", timings[backend], floor, others))
                 rows += [
-                    _row(f"baseline/{tree_name}/V{vocab_size}/{other}", timing)
+                    result_row(f"baseline/{tree_name}/V{vocab_size}/{other}", timing)
                     for other, timing in others.items()
                 ]
                 if tree_name in ("chain5", "tree64") and vocab_size == VOCABULARIES[0]:
@@ -185,25 +185,9 @@ def _parts(name: str, inputs: list[Inputs]) -> list[dict]:
         p10, median, p90 = (cycles[:, part].quantile(q).item() / megahertz for q in (0.1, 0.5, 0.9))
         timings.append(Timing(median, p10, p90))
     return [
-        _row(f"parts/{name.removeprefix('verify/')}/{part}", timing)
+        result_row(f"parts/{name.removeprefix('verify/')}/{part}", timing)
         for part, timing in zip(PARTS, timings, strict=True)
     ]
-
-
-def _row(
-    name: str, timing: Timing, floor: float | None = None, others: dict[str, Timing] | None = None
-) -> dict:
-    row = {
-        "name": name,
-        "us": round(timing.median, 3),
-        "p10": round(timing.p10, 3),
-        "p90": round(timing.p90, 3),
-    }
-    if floor is not None:
-        row["share_of_floor"] = round(floor / timing.median, 3)
-    if others:
-        row["ratio"] = {other: round(their.median / timing.median, 2) for other, their in others.items()}
-    return row
 
 
 def plot(rows: list[dict], path: Path) -> None:

@@ -1,0 +1,105 @@
+"""Every benchmark of the engine runs at toy size, and writes what all results have in common."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from bench.__main__ import main
+from bench.baselines import transformers_pass
+from bench.engine import make_pass
+from bench.planted import planted_law, planted_target
+from bench.report import result_row
+from bench.timing import Timing, in_turn, summary
+from fastspec import DraftTree
+from fastspec.model.transformer import DecodeTransformer
+from fastspec.model.vision import text_stack
+
+HEADER = {"gpu", "driver", "cuda", "torch", "triton", "commit", "clocks", "read_bandwidth_tbs"}
+ROWS = {
+    "pass": ("pass/small/rows1/ctx24", "pass/small/rows16/ctx24", "pass/small/rows64/ctx24"),
+    "draft": ("draft/small/rows1", "baseline/draft/small/rows6/transformers_graph"),
+    "linear": ("linear/qkv/rows16", "linear/head/rows64"),
+    "attention": ("attention/kv80/rows6", "baseline/attention/kv80/rows64/torch_sdpa"),
+    "prefill": ("prefill/small/image4+text64/first_token",),
+    "cycle": (
+        "cycle/small+small/chain5/batch1/ctx24",
+        "host/small+small/chain5/batch1/ctx24",
+        "parts/small+small/chain5/batch1/ctx24/commit",
+        "speedup/small+small/chain5/agreement0.75/greedy",
+    ),
+}
+
+
+@pytest.mark.parametrize("question", ROWS)
+def test_results_of_each_question(question, tmp_path):
+    pytest.importorskip("triton")
+    main([question, "--quick", "--target", "small", "--out", str(tmp_path), "--commit", "abc"])
+    (path,) = tmp_path.glob(f"*/{question}-small.json")
+    results = json.loads(path.read_text())
+    assert set(results["header"]) == HEADER
+    assert results["header"]["commit"] == "abc"
+    rows = {row["name"]: row for row in results["rows"]}
+    assert len(rows) == len(results["rows"])
+    assert set(ROWS[question]) <= set(rows)
+    for name, row in rows.items():
+        assert ("us" in row) != ("ms" in row)
+        if not name.endswith("/gaps"):
+            time = row.get("us", row.get("ms"))
+            assert 0 < row["p10"] <= time <= row["p90"]
+        if name.startswith((f"{question}/", "speedup/")):
+            assert all(ratio > 0 for ratio in row.get("ratio", {"": 1}).values())
+    if question == "cycle":
+        name = "speedup/small+small/chain5/agreement{}/greedy"
+        assert rows[name.format(0)]["tau"] == 1
+        assert 1 < rows[name.format(0.75)]["tau"] < rows[name.format(1)]["tau"] == 6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the message is for machines without a GPU")
+@pytest.mark.parametrize("arguments", [["pass"], ["verify", "--target", "small"], ["all"]])
+def test_without_a_gpu_only_toys_run(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "need an NVIDIA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tree", [DraftTree.chain(0), DraftTree.kary((3, 2, 1))])
+def test_the_engine_and_its_baseline_do_the_same_work(tree):
+    model = planted_target("small", planted_law("small"), "cpu", torch.float32)
+    mask = tree.on("cpu").mask
+    tokens = torch.randint(3, 500, (1, tree.num_nodes))
+    transformer = DecodeTransformer(*text_stack(model))
+    ours = make_pass(transformer, transformer.new_cache(1, 32), mask)
+    theirs = transformers_pass(*text_stack(model), context=0, capacity=32, mask=mask)
+    logits = ours(tokens, torch.tensor([0]))
+    for _ in range(2):  # the second call starts where the first did
+        torch.testing.assert_close(theirs(tokens), logits, rtol=1e-4, atol=1e-4)
+    last = ours(tokens, torch.tensor([0]), torch.tensor([tree.num_nodes - 1]))
+    torch.testing.assert_close(last[0, 0], logits[0, -1])
+
+
+def test_a_row():
+    row = result_row(
+        "a/b", Timing(2000.0, 1000.0, 4000.0), 500.0, {"other": Timing(5000.0, 0.0, 0.0)}, unit="ms",
+        num_bytes=4 * 10**9, tau=math.pi,
+    )  # fmt: skip
+    assert row == {
+        "name": "a/b",
+        "ms": 2.0,
+        "p10": 1.0,
+        "p90": 4.0,
+        "tbs": 2.0,
+        "share_of_floor": 0.25,
+        "ratio": {"other": 2.5},
+        "tau": 3.142,
+    }
+
+
+def test_spread_lies_within_the_samples():
+    assert summary([1.0, 3.0]) == Timing(2.0, pytest.approx(1.2), pytest.approx(2.8))
+
+
+def test_in_turn():
+    call = in_turn([lambda: "a", lambda: "b"])
+    assert [call() for _ in range(3)] == ["a", "b", "a"]
