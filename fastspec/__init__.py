@@ -4,12 +4,21 @@ from importlib import import_module
 
 from fastspec.version import __version__
 
-__all__ = ["DraftTree", "Rule", "SpeculativeDecoder", "__version__", "custom_generate", "generate"]
+__all__ = [
+    "DraftTree",
+    "Rule",
+    "SpeculativeDecoder",
+    "__version__",
+    "clear_decoders",
+    "custom_generate",
+    "generate",
+]
 
 _HOMES = {
     "DraftTree": "fastspec.tree",
     "Rule": "fastspec.verification",
     "SpeculativeDecoder": "fastspec.decoder",
+    "clear_decoders": "fastspec.generation",
     "custom_generate": "fastspec.generation",
     "generate": "fastspec.generation",
 }

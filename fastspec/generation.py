@@ -172,6 +172,11 @@ def generate(
     return target.generate(**kwargs, custom_generate=replace(loop, images=images))
 
 
+def clear_decoders() -> None:
+    """Lets go of the decoders that :func:`generate` keeps for later calls, with their caches and captured graphs."""
+    _decoders.clear()
+
+
 def custom_generate(
     draft: object,
     *,

@@ -71,6 +71,18 @@ def test_what_a_decoder_was_built_for_decides_about_its_reuse(built):
     assert len(alive(built)) == 2  # the last ones
 
 
+def test_one_that_became_too_small_makes_room(built):
+    target, draft = tiny_llava(max_position_embeddings=512), tiny_llama(max_position_embeddings=512)
+    short = generate(target, draft)
+    generate(target, draft, max_new_tokens=300, min_new_tokens=300)
+    assert len(built) == 2
+    assert len(alive(built)) == 1
+    assert torch.equal(generate(target, draft), short)
+    assert len(built) == 2
+    fastspec.clear_decoders()
+    assert not alive(built)
+
+
 def test_a_processor_of_one_call_is_not_in_the_next(built):
     target, draft = tiny_llava(), tiny_llama()
     plain = generate(target, draft)

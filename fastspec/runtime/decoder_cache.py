@@ -56,14 +56,14 @@ class DecoderCache:
         """
         with self._lock:
             kept = self._entries.get(target, [])
-            for entry in kept:
-                same = entry.draft() is draft and entry.shape == shape and entry.decoder.capacity >= capacity
-                if same and entry.weights == _addresses(target, draft):
-                    kept.remove(entry)
+            for entry in [one for one in kept if one.draft() is draft and one.shape == shape]:
+                # Taken out in any case: one that is too small, or whose weights have moved, makes room.
+                kept.remove(entry)
+                if entry.decoder.capacity >= capacity and entry.weights == _addresses(target, draft):
                     if isinstance(entry.decoder.draft, ImageDraft):
                         entry.decoder.draft.model = draft
                     return entry.decoder
-            # Their memory may be what the new one needs.
+                del entry
             del kept[: max(0, len(kept) + 1 - MOST_KEPT)]
         return build()
 
