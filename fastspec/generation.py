@@ -32,6 +32,7 @@ from fastspec.model.vision import Prompt, check_pixel_values, deal_images, image
 from fastspec.processors import ProcessorHook, translate
 from fastspec.runtime.decoder_cache import DecoderCache
 from fastspec.sampling import SamplingParams
+from fastspec.shape import GammaHistory
 from fastspec.state import FinishReason
 from fastspec.tree import DraftTree
 from fastspec.verification import Rule
@@ -79,6 +80,7 @@ _IMAGE_ARGUMENTS = (
 )
 _CAPACITY_STEP = 256
 _decoders = DecoderCache()
+_history = GammaHistory()
 
 
 @dataclass
@@ -97,7 +99,7 @@ def generate(
     inputs: torch.Tensor | None = None,
     *,
     draft: object = None,
-    gamma: int | None = None,
+    gamma: int | str | None = None,
     tree: DraftTree | None = None,
     rule: Rule | str | None = None,
     seed: int | Sequence[int] | None = None,
@@ -113,7 +115,8 @@ def generate(
         target: a LLaVA-shaped model of transformers.
         inputs: ``input_ids``, if not passed by that name.
         draft: a causal language model, a LLaVA-shaped model (it gets the image too) or ``"ngram"``.
-        gamma: drafted tokens per cycle, 5 unless given.
+        gamma: drafted tokens per cycle, 5 unless given. ``"auto"`` begins with 5 and goes by what earlier calls
+            with the same models accepted.
         tree: a :class:`fastspec.DraftTree` instead of a chain.
         rule: the acceptance rule, see :class:`fastspec.verification.Rule`; the default fits draft and tree.
         seed: makes sampling reproducible. An integer gives sequence b the seed ``seed + b``; a list gives
@@ -180,7 +183,7 @@ def clear_decoders() -> None:
 def custom_generate(
     draft: object,
     *,
-    gamma: int | None = None,
+    gamma: int | str | None = None,
     tree: DraftTree | None = None,
     rule: Rule | str | None = None,
     seed: int | Sequence[int] | None = None,
@@ -200,10 +203,14 @@ def custom_generate(
     if stop_strings is not None and tokenizer is None:
         raise ValueError("stop_strings needs tokenizer, got None")
     made = make_draft(draft)
+    follows = gamma == "auto"
+    if follows and tree is not None:
+        raise ValueError("pass gamma or tree, not both")
     return DecodingLoop(
         source=draft,
         draft=made,
-        tree=resolve_tree(made, gamma, tree),
+        tree=resolve_tree(made, None if follows else gamma, tree),
+        follows=follows,
         rule=rule,
         seed=seed,
         generator=generator,
@@ -222,6 +229,7 @@ class DecodingLoop:
     source: object
     draft: Draft
     tree: DraftTree
+    follows: bool  # whether the tree is a chain as long as earlier calls suggest
     rule: Rule | str | None
     seed: int | Sequence[int] | None
     generator: torch.Generator | None
@@ -293,14 +301,17 @@ class DecodingLoop:
             logits_processor if returns_dict and generation_config.output_scores else None,
             keep_logits=returns_dict and bool(generation_config.output_logits),
         )
-        shape = (self.tree, self.rule, batch)
+        tree = DraftTree.chain(_history.gamma(model, self.source)) if self.follows else self.tree
+        shape = (tree, self.rule, batch)
         decoder = _decoders.take(
-            model, self.source, shape, needed, lambda: self._new_decoder(model, batch, capacity)
+            model, self.source, shape, needed, lambda: self._new_decoder(model, tree, batch, capacity)
         )
         try:
             decoder.logits_hook = foreign
             run(decoder, requests, delivery, self.streamer)
             record = replace(decoder.record(batch), drafted=tuple(map(tuple, delivery.drafted)))
+            if self.follows:
+                _history.add(model, self.source, record)
         finally:
             _decoders.give_back(model, self.source, shape, decoder)
         for row, reason in enumerate(record.finish_reasons):
@@ -317,12 +328,14 @@ class DecodingLoop:
             speculation=record,
         )
 
-    def _new_decoder(self, model: nn.Module, batch: int, capacity: int) -> SpeculativeDecoder:
+    def _new_decoder(
+        self, model: nn.Module, tree: DraftTree, batch: int, capacity: int
+    ) -> SpeculativeDecoder:
         # A draft's buffers are its decoder's: each decoder that is kept has a draft of its own.
         return SpeculativeDecoder(
             model,
             self.source,
-            tree=self.tree,
+            tree=tree,
             rule=self.rule,
             batch_size=batch,
             capacity=capacity,
