@@ -1,14 +1,15 @@
-"""The command line: demo, generate, evaluate, distill-data, train-draft, info."""
+"""The command line: demo, generate, evaluate, distill-data, train-draft, shrink-draft, info."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 app = typer.Typer(
     help="Speculative decoding for LLaVA-style multimodal models.",
@@ -16,6 +17,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class ManyValues(TyperCommand):
+    """A command whose repeatable options also take several values after one name: ``--gamma 3 5``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeatable = {
+            name for option in self.params if getattr(option, "multiple", False) for name in option.opts
+        }
+        spread: list[str] = []
+        option = None
+        for place, argument in enumerate(args):
+            if argument.startswith("--"):
+                option = argument if argument in repeatable else None
+            elif option is not None and args[place - 1] != option:
+                spread.append(option)
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
+
 
 Device = Annotated[str | None, typer.Option(help="torch device; a GPU if there is one")]
 Gamma = Annotated[int, typer.Option(min=1, help="drafted tokens per cycle")]
@@ -103,7 +123,7 @@ def generate(
     typer.echo(f"{len(result['tokens'])} tokens in {result['seconds']:.2f} s{passes}", err=True)
 
 
-@app.command()
+@app.command(cls=ManyValues)
 def evaluate(
     target: Annotated[str, typer.Option(help="a LLaVA checkpoint: directory, hub name, or 'miniature'")],
     draft: Annotated[
@@ -230,6 +250,12 @@ def train_draft(
     image_adapter: Annotated[
         bool, typer.Option("--image-adapter", help="a draft that sees the image")
     ] = False,
+    image_pooling: Annotated[
+        int,
+        typer.Option(
+            min=1, help="side of the squares of image features that become one token of a new adapter"
+        ),
+    ] = 1,
     train: Annotated[str, typer.Option(help="all, or adapter: the image adapter alone")] = "all",
     images: Annotated[
         Path | None, typer.Option(help="folder of images; each data file's own unless given")
@@ -271,6 +297,7 @@ def train_draft(
         draft=draft,
         size=size,
         image_adapter=image_adapter,
+        image_pooling=image_pooling,
         train=train,
         images=images,
         loss=loss,
@@ -298,6 +325,34 @@ def train_draft(
     acceptance = result["expected_acceptance"]
     expected = "" if acceptance is None else f", expected acceptance {acceptance:.3f}"
     typer.echo(f"{result['parameters']:,} parameters in {out} after {result['steps']} steps{expected}")
+    if result["tokens_per_second"]:
+        memory = result["peak_memory_bytes"]
+        most = f", at most {memory / 2**30:.1f} GiB of GPU memory" if memory else ""
+        typer.echo(f"{result['tokens_per_second']:,.0f} tokens per second{most}")
+
+
+@app.command("shrink-draft")
+def shrink_draft(
+    draft: Annotated[str, typer.Option(help="a text-only draft checkpoint, or 'miniature'")],
+    out: Annotated[Path, typer.Option(help="the compact draft's folder")],
+    vocabulary: Annotated[int | None, typer.Option(help="tokens it can propose; all unless given")] = None,
+    answers: Annotated[
+        list[Path] | None, typer.Option(help="distilled answers whose frequent tokens are kept; repeatable")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="int8, or full: as they are")] = "full",
+    skip_bad_lines: Annotated[bool, typer.Option(help="count bad lines and go on")] = False,
+) -> None:
+    """Makes a compact copy of a draft: fewer tokens to propose, weights in 8 bits."""
+    from fastspec.training.shrink import Shrinking, shrink
+
+    _device("cpu")
+    result = shrink(Shrinking(draft, out, tuple(answers or ()), vocabulary, weights, skip_bad_lines))
+    if result["note"]:
+        typer.echo(result["note"], err=True)
+    typer.echo(
+        f"{out}: {result['vocabulary']} of {result['of']} tokens, "
+        f"{result['coverage']:.2%} of the answers; weights {result['weights']}"
+    )
 
 
 @app.command()

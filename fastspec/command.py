@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -192,12 +193,21 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-def chat_text(processor: Any, prompt: str, num_images: int) -> str:
-    """The prompt in the model's chat format, images first; as it stands where there is no chat template."""
+def chat_text(processor: Any, prompt: str, num_images: int, history: Sequence[tuple[str, str]] = ()) -> str:
+    """The prompt in the model's chat format, images first; as it stands where there is no chat template.
+
+    Raises:
+        ValueError: for earlier turns where there is no chat template.
+    """
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        said = [*(words for turn in history for words in turn), prompt]
+        messages = [
+            {"role": "assistant" if place % 2 else "user", "content": [{"type": "text", "text": words}]}
+            for place, words in enumerate(said)
+        ]
+        messages[0]["content"] = [{"type": "image"}] * num_images + messages[0]["content"]
+        return processor.apply_chat_template(messages, add_generation_prompt=True)
+    if history:
+        raise ValueError("earlier turns need a chat template, and the target's processor has none")
     placeholder = getattr(processor, "image_token", "<image>")
     return f"{placeholder}\n" * num_images + prompt

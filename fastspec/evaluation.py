@@ -26,7 +26,7 @@ from fastspec.summary import summarise
 from fastspec.tasks import Task, read_task
 
 JOURNAL = "journal.jsonl"
-#: Elements of each parameter that tell checkpoints apart: a training that went on changes nearly all.
+#: Elements of each tensor that tell checkpoints apart: a training that went on changes nearly all.
 FINGERPRINT_SAMPLES = 64
 
 
@@ -190,24 +190,26 @@ def _arguments(evaluation: Evaluation) -> dict[str, Any]:
 def _describe(model: Any) -> dict[str, Any]:
     if not isinstance(model, nn.Module):
         return {"type": str(model)}
+    # Of a compact draft not all weights are parameters; tied ones count once.
+    weights = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values()
     return {
         "type": model.config.model_type,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        "parameters": sum(tensor.numel() for tensor in weights),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in weights),
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": fingerprint(model),
     }
 
 
 def fingerprint(model: Any) -> str:
-    """Tells checkpoints apart, cheaply: a hash over a sample of every parameter."""
+    """Tells checkpoints apart, cheaply: a hash over a sample of every tensor."""
     if not isinstance(model, nn.Module):
         return str(model)
     digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.flatten()
         sample = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)][: FINGERPRINT_SAMPLES + 1]
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 

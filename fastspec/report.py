@@ -132,7 +132,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                     [index + (place - (len(ways) - 1) / 2) * width for index in range(len(chosen))],
                     values,
                     width,
-                    yerr=_error_bars(values, intervals),
+                    yerr=error_bars(values, intervals),
                     color=colours[place % len(colours)],
                     error_kw={"linewidth": 0.8},
                     label=" ".join((drafts[way[0]], *way[1:])),
@@ -150,7 +150,7 @@ def _way(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["draft"], row["shape"], row["rule"]
 
 
-def _error_bars(values: Sequence[float], intervals: Sequence[Sequence[float] | None]) -> list[list[float]]:
+def error_bars(values: Sequence[float], intervals: Sequence[Sequence[float] | None]) -> list[list[float]]:
     """Lengths below and above each value; none where there is no interval."""
     ends = [interval or (value, value) for value, interval in zip(values, intervals, strict=True)]
     # A percentile interval of few prompts may leave the value itself outside.

@@ -108,6 +108,7 @@ class Decoding:
         self._warm: set[Combination] = set()
         for draft, tokenizer in drafts.values():
             made = make_draft(draft)
+            made.attach(target)
             check_pair(target, made, resolve_tree(made, 1, None), None, processor.tokenizer, tokenizer)
         end = target.generation_config.eos_token_id
         end = processor.tokenizer.eos_token_id if end is None else end
@@ -154,10 +155,11 @@ class Decoding:
         """
         images = prompt.load_images()
         token = getattr(self.processor, "image_token", None)
-        if token and token in prompt.text:
+        said = [prompt.text, *(words for turn in prompt.history for words in turn)]
+        if token and any(token in words for words in said):
             raise ValueError(f"{prompt.where}: the prompt holds the target's own image token {token!r}")
         try:
-            text = chat_text(self.processor, prompt.text, len(images))
+            text = chat_text(self.processor, prompt.text, len(images), prompt.history)
             inputs: BatchFeature = self.processor(images=images or None, text=text, return_tensors="pt")
         except (ValueError, TypeError) as error:
             raise ValueError(f"{prompt.where}: the target's processor refuses the prompt: {error}") from None

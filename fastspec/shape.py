@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 
 #: Where an image belongs in a text, in the LLaVA format.
 PLACEHOLDER = "<image>"
+#: Who speaks in turn, in the LLaVA format.
+SPEAKERS = ("human", "gpt")
 MINIATURE = "miniature:"
 #: Held-out prompts of a miniature task without a limit: there is no end to them.
 MINIATURE_PROMPTS = 100
+FOLLOW_UP, TWO_PICTURES = "follow-up", "two-pictures"
+#: From whose number on the second pictures are drawn.
+OTHER_PICTURE = 500_000
 
 
 @dataclass(frozen=True)
@@ -29,14 +34,16 @@ class TaskPrompt:
     Attributes:
         id: its name, unique within the task.
         text: the user's words, without chat format or image placeholders.
-        images: paths, or pictures that were drawn for it; they come before the text.
+        images: paths, or pictures that were drawn for it; they come before the first words.
         where: where it was read, for messages.
+        history: earlier questions with their answers.
     """
 
     id: str
     text: str
     images: tuple[Path | Image, ...]
     where: str
+    history: tuple[tuple[str, str], ...] = ()
 
     def load_images(self) -> list[Image]:
         """The pictures, decoded.
@@ -65,7 +72,7 @@ class Task:
     @property
     def digest(self) -> str:
         """Changes with the prompts' names, texts and numbers of images."""
-        content = [(prompt.id, prompt.text, len(prompt.images)) for prompt in self.prompts]
+        content = [(one.id, one.text, len(one.images), *one.history) for one in self.prompts]
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
 
@@ -73,11 +80,13 @@ def read_task(name: str, limit: int | None = None, image_folder: Path | None = N
     """Reads a JSONL file of prompts, or takes held-out prompts of the miniature.
 
     A line is an object with ``id``, optionally ``images`` (paths; ``image`` for a single one), and either
-    ``prompt``, the user's words, or ``conversations`` in the LLaVA format, whose first human turn is asked.
+    ``prompt``, the user's words, or ``conversations`` in the LLaVA format. One that ends with a human turn is asked
+    that turn, after those before it; of any other the first human turn is asked.
     ``<image>`` placeholders may be left out; images come first in the prompt wherever they stood, as in LLaVA.
 
     Args:
-        name: a file, or ``miniature:caption``, ``miniature:conversation``, ``miniature:science``.
+        name: a file, or ``miniature:`` and ``caption``, ``conversation``, ``science``, ``two-pictures`` or
+            ``follow-up``, the last question of a conversation.
         limit: only the first so many prompts; lines after them are not read.
         image_folder: what relative image paths start from; the task file's folder unless given.
 
@@ -103,12 +112,18 @@ def _miniature_prompts(name: str, count: int) -> Iterator[TaskPrompt]:
     from fastspec.miniature.language import TASKS
 
     task = name[len(MINIATURE) :]
-    if task not in TASKS:
-        names = ", ".join(MINIATURE + one for one in TASKS)
+    known = (*TASKS, FOLLOW_UP, TWO_PICTURES)
+    if task not in known:
+        names = ", ".join(MINIATURE + one for one in known)
         raise ValueError(f"unknown task {name!r}; expected one of {names}, or a file")
+    source = {FOLLOW_UP: "conversation", TWO_PICTURES: "caption"}.get(task, task)
     for seed in range(count):
-        example = miniature.sample_example(task, seed)
-        yield TaskPrompt(str(seed), example.turns[0][0], (example.scene.render(),), f"{name}, prompt {seed}")
+        example = miniature.sample_example(source, seed)
+        *history, (text, _) = example.turns if task == FOLLOW_UP else example.turns[:1]
+        images = [example.scene.render()]
+        if task == TWO_PICTURES:
+            images.append(miniature.sample_example(source, OTHER_PICTURE + seed).scene.render())
+        yield TaskPrompt(str(seed), text, tuple(images), f"{name}, prompt {seed}", tuple(history))
 
 
 def _read_lines(path: Path, folder: Path) -> Iterator[TaskPrompt]:
@@ -143,29 +158,45 @@ def _parse(line: bytes, folder: Path, where: str) -> TaskPrompt:
     if ("prompt" in entry) == ("conversations" in entry):
         given = "both" if "prompt" in entry else "neither"
         raise ValueError(f"expected either 'prompt' or 'conversations', got {given}")
-    text = entry["prompt"] if "prompt" in entry else _first_question(entry["conversations"])
+    if "prompt" in entry:
+        history, text = [], entry["prompt"]
+    else:
+        history, text = _question(entry["conversations"])
     if not isinstance(text, str):
         raise ValueError(f"expected 'prompt' to be a text, got {_kind(text)}")
     images = _image_paths(entry, folder)
-    placeholders = text.count(PLACEHOLDER)
+    said = [text, *(words for turn in history for words in turn)]
+    placeholders = sum(words.count(PLACEHOLDER) for words in said)
     if placeholders and placeholders != len(images):
         raise ValueError(f"{placeholders} {PLACEHOLDER} placeholders, but {len(images)} images")
-    text = text.replace(PLACEHOLDER, "").strip()
-    if not text:
-        raise ValueError("the prompt is empty")
-    f"{name}{text}".encode()  # half of a surrogate pair would stop the tokenizer later
-    return TaskPrompt(str(name), text, images, where)
+    said = [words.replace(PLACEHOLDER, "").strip() for words in said]
+    if not all(said):
+        raise ValueError("the prompt is empty" if not said[0] else "a turn of 'conversations' says nothing")
+    "".join((str(name), *said)).encode()  # half of a surrogate pair would stop the tokenizer later
+    text, *earlier = said
+    return TaskPrompt(str(name), text, images, where, tuple(zip(earlier[::2], earlier[1::2], strict=True)))
 
 
-def _first_question(turns: Any) -> Any:
+def _question(turns: Any) -> tuple[list[tuple[str, str]], str]:
+    """The turns before the question, in pairs, and the question."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"expected 'conversations' to be a list of turns, got {_kind(turns)}")
     for turn in turns:
-        if turn.get("from") == "human":
-            if not isinstance(turn.get("value"), str):
-                raise ValueError(f"expected a turn's 'value' to be a text, got {_kind(turn.get('value'))}")
-            return turn["value"]
-    raise ValueError("no turn of 'conversations' is from 'human'")
+        if turn.get("from") in SPEAKERS and not isinstance(turn.get("value"), str):
+            raise ValueError(f"expected a turn's 'value' to be a text, got {_kind(turn.get('value'))}")
+    spoken = [(turn["from"], turn["value"]) for turn in turns if turn.get("from") in SPEAKERS]
+    first = next((place for place, (who, _) in enumerate(spoken) if who == SPEAKERS[0]), None)
+    if first is None:
+        raise ValueError("no turn of 'conversations' is from 'human'")
+    if spoken[-1][0] != SPEAKERS[0]:
+        return [], spoken[first][1]
+    expected = [SPEAKERS[place % 2] for place in range(len(spoken))]
+    if [who for who, _ in spoken] != expected:
+        raise ValueError(
+            "the turns of 'conversations' must be human, gpt, human, ... to be asked the last one"
+        )
+    words = [value for _, value in spoken]
+    return list(zip(words[:-1:2], words[1::2], strict=True)), words[-1]
 
 
 def _image_paths(entry: dict, folder: Path) -> tuple[Path, ...]:

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from transformers import BatchFeature
 import fastspec
 from fastspec import evaluation, miniature, report, runs
 from fastspec.combination import PLAIN, Combination, combine
+from fastspec.command import chat_text
 from fastspec.journal import Journal
 from fastspec.metrics import bootstrap_interval
+from fastspec.miniature import tokens as miniature_tokens
 from fastspec.runs import Run
 from fastspec.summary import summarise
 from fastspec.tasks import Task, TaskPrompt, read_task
@@ -468,13 +471,15 @@ def test_reading_a_task(questions, tmp_path):
             {"from": "gpt", "value": "Me."}, {"from": "human", "value": "Why?"}], "model": "x"},
         {"id": "2", "images": [str(tmp_path / "b.png")], "prompt": "Absolute. "},
         {"id": "3", "image": None, "prompt": "None"},
+        {"id": "4", "conversations": [{"from": "human", "value": "First?"}, {"from": "gpt", "value": "Yes."}]},
     ]  # fmt: skip
     (tmp_path / "elsewhere").mkdir()
     path = tmp_path / "elsewhere" / "more.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\n".join(json.dumps(line).encode() for line in lines))
     task = read_task(str(path), image_folder=tmp_path)
     assert [(prompt.text, len(prompt.images)) for prompt in task.prompts] == [
-        ("Who?", 1), ("Absolute.", 1), ("None", 0)]  # fmt: skip
+        ("Why?", 1), ("Absolute.", 1), ("None", 0), ("First?", 0)]  # fmt: skip
+    assert [prompt.history for prompt in task.prompts] == [(("Who?", "Me."),), (), (), ()]
     assert task.prompts[1].where == f"{path}, line 3"
     path.write_text(json.dumps(lines[1]) + "\nnothing of the kind\n")
     assert len(read_task(str(path), limit=1).prompts) == 1  # lines after the limit are not read
@@ -499,6 +504,10 @@ def test_reading_a_task(questions, tmp_path):
         (b'{"id": "a", "conversations": "x"}', "expected 'conversations' to be a list of turns, got \"x\""),
         (b'{"id": "a", "conversations": [{"from": "gpt", "value": "x"}]}', "no turn of 'conversations' is from"),
         (b'{"id": "a", "conversations": [{"from": "human"}]}', "'value' to be a text, got nothing"),
+        (b'{"id": "a", "conversations": [{"from": "human", "value": "x"}, {"from": "human", "value": "y"}]}',
+         "must be human, gpt, human"),
+        (b'{"id": "a", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": " "}, '
+         b'{"from": "human", "value": "y"}]}', "a turn of 'conversations' says nothing"),
         (b'{"id": "a", "images": "a.png", "image": "a.png", "prompt": "x"}', "'images' or 'image', got both"),
         (b'{"id": "a", "images": [5], "prompt": "x"}', "expected 'images' to be a list of paths, got [5]"),
         (b'{"id": "a", "images": ["no.png"], "prompt": "x"}', "image file not found: 'no.png'"),
@@ -515,6 +524,40 @@ def test_a_malformed_line_ends_with_its_number(run, toys, questions, decoded, tm
     assert reason in notes
     assert decoded == []
     assert not (tmp_path / "out").exists()
+
+
+@needs_weights
+def test_earlier_turns_stand_before_the_question():
+    processor, target = miniature.load_processor(), miniature.load_target()
+    decoding = runs.Decoding(processor, target, {}, [], 4)
+    (prompt,) = read_task("miniature:follow-up", 1).prompts
+    example = miniature.sample_example("conversation", 0)
+    assert (*prompt.history, (prompt.text, example.turns[-1][1])) == example.turns
+    inputs = processor(
+        images=example.scene.render(),
+        text=miniature_tokens.prompt_text(example.turns, len(example.turns) - 1),
+        return_tensors="pt",
+    )
+    assert torch.equal(decoding.prepare(prompt).input_ids, inputs["input_ids"])
+    pair = read_task("miniature:two-pictures", 1).prompts[0]
+    assert decoding.prepare(pair).images["pixel_values"].shape == (2, 3, 96, 96)
+    assert (
+        decoding.prepare(pair).input_ids == miniature_tokens.IMAGE
+    ).sum() == 2 * miniature_tokens.IMAGE_TOKENS
+    with pytest.raises(ValueError, match="earlier turns need a chat template"):
+        chat_text(ToyProcessor(), "Why?", 0, [("Who?", "Me.")])
+
+
+def test_several_values_after_one_option(run, toys, questions, tmp_path):
+    asked = ("evaluate", "--target", "toy", "--draft", "near", "far", "--task", "questions.jsonl", "--limit", "1",
+             "--gamma", "1", "2", "--temperature", "0", "1", "--max-new-tokens", "2")  # fmt: skip
+    assert run(*asked, "--out", "out")[0] == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    ways = {(row["temperature"], row["draft"], row["shape"]) for row in rows if row["draft"]}
+    assert ways == set(product((0, 1), ("near", "far"), ("chain 1", "chain 2")))
+    status, _, notes = run(*asked, "--dtype", "auto", "float32")
+    assert status == 2
+    assert "unexpected extra argument" in notes
 
 
 def test_images_and_lengths_are_checked_before_any_decoding(
@@ -690,7 +733,7 @@ def test_names_that_would_be_the_same_are_not_shortened():
 
 
 def test_error_bars_are_never_negative():
-    assert report._error_bars([2.0, 3.0, 1.0], [(1.5, 2.25), None, (1.25, 1.5)]) == [
+    assert report.error_bars([2.0, 3.0, 1.0], [(1.5, 2.25), None, (1.25, 1.5)]) == [
         [0.5, 0, 0],
         [0.25, 0, 0.5],
     ]

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, LlavaForConditionalGen
 
 import fastspec
 from fastspec import miniature
+from fastspec.training import meter as training_meter
 from fastspec.training import train as training_module
 from fastspec.training.answers import AnswerFile
 from fastspec.training.batches import Collator, answer_positions, expand
@@ -28,6 +29,7 @@ from fastspec.training.distill import Distillation, Question, distill
 from fastspec.training.history import History
 from fastspec.training.lines import BadLines, DataError, Line
 from fastspec.training.losses import LOSSES, expected_acceptance
+from fastspec.training.shrink import Shrinking, shrink
 from fastspec.training.sizes import parse_size
 from fastspec.training.template import Example, encode_chat, prompt_text
 from fastspec.training.train import Training, train_draft
@@ -649,14 +651,16 @@ def test_a_loss_that_is_nan_ends_the_run(folder, tmp_path, monkeypatch):
 
 
 @needs_weights
-def test_an_image_adapter_is_trained_in_two_stages(folder, tmp_path):
+@pytest.mark.parametrize("pooling", [1, 2])
+def test_an_image_adapter_is_trained_in_two_stages(folder, tmp_path, pooling):
     text = miniature.WEIGHTS / "draft-ft"
     first = asked(folder, tmp_path / "adapter", draft=str(text), size=None, image_adapter=True, train="adapter",
-                  steps=4, loss="forward-kl")  # fmt: skip
+                  image_pooling=pooling, steps=4, loss="forward-kl")  # fmt: skip
     train_draft(first)
     second = asked(folder, tmp_path / "all", draft=str(first.out), size=None, steps=4)
     train_draft(second)
     one, two = (LlavaForConditionalGeneration.from_pretrained(task.out) for task in (first, second))
+    assert getattr(two.config, "image_pooling", 1) == pooling
     target, draft = miniature.load_target(), miniature.load_draft()
 
     for name, weight in target.model.vision_tower.state_dict().items():
@@ -693,6 +697,7 @@ def test_several_files_of_text_by_the_command_line(run, tmp_path):
     assert status == 0
     assert "\n35,376 parameters in " in printed
     assert "after 2 steps, expected acceptance 0." in printed
+    assert " tokens per second\n" in printed
     assert json.loads((out / "training.json").read_text())["arguments"]["stage"] == "pretrain"
     assert LlamaForCausalLM.from_pretrained(out).config.intermediate_size == 32
 
@@ -717,6 +722,8 @@ def test_sizes():
         ({"draft": "miniature"}, ValueError, "--size is for a new draft"),
         ({"draft": "ngram", "size": None}, ValueError, "no model that could be trained"),
         ({"train": "adapter"}, ValueError, "a text-only draft has no adapter"),
+        ({"image_pooling": 2}, ValueError, "--image-pooling is for a new image adapter"),
+        ({"image_adapter": True, "image_pooling": 5}, ValueError, "144 image features cannot be pooled by 5 x 5"),
         ({"resume": True}, ValueError, "nothing to resume: no complete checkpoint"),
         ({"data": (Path("none.jsonl"),)}, ValueError, r"data file not found: none\.jsonl"),
         ({"max_length": 8}, DataError, r"line \d+: its first 8 tokens"),
@@ -727,6 +734,13 @@ def test_bad_arguments_are_named(folder, tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         train_draft(asked(folder, tmp_path / "draft", **changes))
     assert not (tmp_path / "draft").exists()
+
+
+@needs_weights
+def test_a_compact_draft_is_not_trained_further(folder, tmp_path):
+    shrink(Shrinking("miniature", tmp_path / "compact", weights="int8"))
+    with pytest.raises(ValueError, match="is not trained further: train its original, then shrink it"):
+        train_draft(asked(folder, tmp_path / "draft", draft=str(tmp_path / "compact"), size=None))
 
 
 @needs_weights
@@ -762,3 +776,21 @@ def test_a_tokenizer_that_disagrees(folder, tmp_path):
     path.write_text(json.dumps(tokens))
     with pytest.raises(ValueError, match="vocabularies disagree on 2 tokens"):
         train_draft(asked(folder, tmp_path / "draft", draft=str(other), size=None))
+
+
+@needs_weights
+def test_the_meter_counts_all_steps_but_the_first(monkeypatch):
+    clock = iter((0.0, 10.0, 11.0, 20.0, 22.0))
+    monkeypatch.setattr(training_meter, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    meter, draft = training_meter.Meter(), miniature.load_draft()
+    assert meter.summary(draft, 1)["tokens_per_second"] is None
+    for batches in ((7,), (4, 2), (9,)):
+        meter.on_step_begin(None, None, None)
+        for tokens in batches:
+            meter.count(torch.ones(1, tokens))
+        meter.on_step_end(None, None, None)
+    facts = meter.summary(draft, 2)
+    assert facts["tokens_per_second"] == 2 * (4 + 2 + 9) / (1.0 + 2.0)
+    # The head is the embedding: its matrix counts once.
+    assert facts["operations_per_second"] == 6 * 172_352 * facts["tokens_per_second"]
+    assert facts["peak_memory_bytes"] is None

@@ -5,12 +5,21 @@ from __future__ import annotations
 from torch import nn
 
 from fastspec.draft.base import Draft
+from fastspec.draft.compact import CompactDraft, CompactLlamaForCausalLM
 from fastspec.draft.image import ImageDraft
 from fastspec.draft.ngram import NgramDraft
 from fastspec.draft.text import TextDraft
 from fastspec.model.vision import MULTIMODAL_MODELS, is_multimodal
 
-__all__ = ["Draft", "ImageDraft", "NgramDraft", "TextDraft", "make_draft"]
+__all__ = [
+    "CompactDraft",
+    "CompactLlamaForCausalLM",
+    "Draft",
+    "ImageDraft",
+    "NgramDraft",
+    "TextDraft",
+    "make_draft",
+]
 
 
 def make_draft(draft: object) -> Draft:
@@ -26,6 +35,8 @@ def make_draft(draft: object) -> Draft:
         return NgramDraft()
     if is_multimodal(draft):
         return ImageDraft(draft)
+    if isinstance(draft, CompactLlamaForCausalLM):
+        return CompactDraft(draft)
     if isinstance(draft, nn.Module) and hasattr(draft, "lm_head") and hasattr(draft, "config"):
         return TextDraft(draft)
     given = "none" if draft is None else repr(draft) if isinstance(draft, str) else type(draft).__name__

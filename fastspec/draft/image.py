@@ -1,4 +1,4 @@
-"""A compact LLaVA as draft: it gets the image at prefill, through its own vision tower and adapter."""
+"""A compact LLaVA as draft: it gets the image at prefill, through its own adapter."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import inspect
 import torch
 from torch import nn
 
+from fastspec.draft.pooling import pool_images
+from fastspec.draft.sharing import encode_shared, share_vision_tower
 from fastspec.draft.text import TextDraft
-from fastspec.model.vision import Prompt, check_pixel_values, encode_images
+from fastspec.model.vision import Prompt, check_pixel_values
 
 
 class ImageDraft(TextDraft):
     """A LLaVA-shaped draft. Its image tokens need not be as many as the target's, but not more.
+
+    A vision tower that is a copy of the target's runs once for both; see :meth:`attach`.
 
     Args:
         model: a ``LlavaForConditionalGeneration`` or another supported LLaVA-shaped model that needs nothing
@@ -29,7 +33,14 @@ class ImageDraft(TextDraft):
                 f"a draft that cuts images into tiles is not supported, got model_type {model.config.model_type!r}"
             )
         super().__init__(model)
-        self._model = model
+        #: The model, for its vision tower and adapter.
+        self.model = model
+        if model.config.model_type == "llava":
+            pool_images(model)
+
+    def attach(self, target: nn.Module) -> None:
+        """Uses the target's vision tower in place of its own, if they are equal."""
+        share_vision_tower(target, self.model)
 
     def check(self, prompt: Prompt) -> None:
         if not prompt.images:
@@ -39,12 +50,12 @@ class ImageDraft(TextDraft):
                 "an image draft needs pixel_values, got image features only: call fastspec.generate, or bind "
                 "them with fastspec.custom_generate(draft=..., pixel_values=...)"
             )
-        check_pixel_values(self._model, prompt.pixel_values, "the draft's pixel_values")
+        check_pixel_values(self.model, prompt.pixel_values, "the draft's pixel_values")
 
     def prompt_embeddings(self, prompt: Prompt) -> torch.Tensor:
         if not prompt.images:
             return super().prompt_embeddings(prompt)
-        images = encode_images(self._model, {"pixel_values": prompt.pixel_values})
+        images = encode_shared(self.model, {"pixel_values": prompt.pixel_values}, look_back=True)
         embeddings = torch.cat(list(self._pieces(prompt, images)))
         if len(embeddings) > prompt.num_tokens:
             raise ValueError(

@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "weights"
 DRAFTS = ("base", "chat", "ft")
+#: Made by a stage of its own: `python -m fastspec.miniature.train --stage image`.
+IMAGE_DRAFT = "image"
 
 __all__ = [
     "DRAFTS",
+    "IMAGE_DRAFT",
     "WEIGHTS",
     "load_draft",
     "load_processor",
@@ -39,6 +42,7 @@ def _folder(name: str) -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"the miniature's weights are missing: no {folder}; `python -m fastspec.miniature.train` makes them"
+            + (" with `--stage image`" if name == f"draft-{IMAGE_DRAFT}" else "")
         )
     return folder
 
@@ -52,13 +56,15 @@ def load_target(dtype: torch.dtype | str = "float32", device: str = "cpu") -> Ll
 
 def load_draft(
     name: str = "ft", dtype: torch.dtype | str = "float32", device: str = "cpu"
-) -> LlamaForCausalLM:
-    """A text-only draft, 0.17 M parameters: `base` (plain text), `chat` (dialogues) or `ft` (the target's answers)."""
-    from transformers import LlamaForCausalLM
+) -> LlamaForCausalLM | LlavaForConditionalGeneration:
+    """A draft of 0.17 M parameters: `base` (plain text), `chat` (dialogues), `ft` (the target's answers), all three
+    text-only, or `image` (the target's answers, with an adapter to the target's vision features)."""
+    from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
-    if name not in DRAFTS:
-        raise ValueError(f"unknown draft {name!r}; expected one of {', '.join(DRAFTS)}")
-    return LlamaForCausalLM.from_pretrained(_folder(f"draft-{name}"), dtype=dtype).to(device).eval()
+    if name not in (*DRAFTS, IMAGE_DRAFT):
+        raise ValueError(f"unknown draft {name!r}; expected one of {', '.join((*DRAFTS, IMAGE_DRAFT))}")
+    loader = LlavaForConditionalGeneration if name == IMAGE_DRAFT else LlamaForCausalLM
+    return loader.from_pretrained(_folder(f"draft-{name}"), dtype=dtype).to(device).eval()
 
 
 def load_processor() -> LlavaProcessor:

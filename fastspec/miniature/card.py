@@ -20,10 +20,10 @@ LLaMA 6 x 256 with heads of 64 | {target_parameters} |
 | `draft-chat` | `draft-base` tuned on the dialogues | {draft_parameters} |
 | `draft-ft` | `draft-chat` tuned on the target's own answers, half greedy, half sampled at temperature 1 | \
 {draft_parameters} |
-
-The drafts see the prompt without its image tokens. Weights are stored in half precision as safetensors and load
-in single precision by plain `from_pretrained`. The vocabulary is a byte-level BPE of 1024 tokens; the chat
-template is LLaVA-1.5's.
+{image_drafts}
+The text-only drafts see the prompt without its image tokens. Weights are stored in half precision as safetensors
+and load in single precision by plain `from_pretrained`. The vocabulary is a byte-level BPE of 1024 tokens; the
+chat template is LLaVA-1.5's.
 
 ## Data
 Everything is made by `fastspec.miniature`: scenes of one to four objects (10 shapes, 10 colours, 2 sizes, 4
@@ -50,6 +50,12 @@ Pictures unlike the scenes, and questions unlike the three tasks, get fluent non
 Apache-2.0, code, data and weights alike.
 """
 
+IMAGE_DRAFTS = """\
+| `draft-image` | `draft-ft` with an adapter to the target's vision features, tuned on the target's answers and their \
+pictures: a `LlavaForConditionalGeneration` | {image}, the target's vision tower among them |
+| `draft-twin` | `draft-ft` tuned on the same answers without their pictures | {twin} |
+"""
+
 DETAILS = {
     "caption": "every object with its colour and place right, nothing invented",
     "conversation": "answers with the asked fact right, following the model's own earlier answers",
@@ -62,9 +68,15 @@ def _millions(log: dict, stage: str) -> str:
     return f"{count / 1e6:.2f} M" if count else "not trained"
 
 
+def _image_drafts(log: dict) -> str:
+    if "image" not in log:
+        return ""
+    return IMAGE_DRAFTS.format(image=_millions(log, "image"), twin=_millions(log, "ft"))
+
+
 def _training(log: dict) -> str:
     lines = ["| stage | time | device | steps | batch |", "|---|---|---|---|---|"]
-    for stage in ("tokenizer", "target", "base", "chat", "ft", "score"):
+    for stage in ("tokenizer", "target", "base", "chat", "ft", "image", "score"):
         if stage in log:
             entry = log[stage]
             cells = (entry.get("device", "CPU"), entry.get("steps", ""), entry.get("batch", ""))
@@ -118,6 +130,7 @@ def write_card(folder: Path, log: dict) -> None:
     text = TEXT.format(
         target_parameters=_millions(log, "target"),
         draft_parameters=_millions(log, "base"),
+        image_drafts=_image_drafts(log),
         training=_training(log),
         resumed=_resumed(log),
         scores=_scores(log),

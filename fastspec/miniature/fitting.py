@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastspec.draft.pooling import image_pooling
+
 from .scenes import SIDE
 from .stream import ATTRIBUTES, Source, row_length
 from .tokens import IMAGE, IMAGE_TOKENS
@@ -256,3 +258,37 @@ def draft_loss(model) -> Callable[[Batch, float], Tensor]:
         )
 
     return loss
+
+
+class ImageDraftLoss:
+    """The loss of an image draft whose vision features were computed beforehand; all rows have their image in one
+    place.
+
+    Args:
+        model: the draft.
+        processor: the target's.
+    """
+
+    def __init__(self, model, processor):
+        self._model = model
+        self._at = processor.tokenizer("USER: <image>")["input_ids"].index(IMAGE)
+        self._places = IMAGE_TOKENS // image_pooling(model) ** 2
+
+    def with_image(self, ids: Tensor, spoken: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows without image tokens ``[n, length]`` with the draft's put in."""
+        shape = (len(ids), self._places)
+        images = torch.full(shape, IMAGE, dtype=ids.dtype, device=ids.device)
+        silence = torch.zeros(shape, dtype=torch.bool, device=ids.device)
+        return (
+            torch.cat([ids[:, : self._at], images, ids[:, self._at :]], 1),
+            torch.cat([spoken[:, : self._at], silence, spoken[:, self._at :]], 1),
+        )
+
+    def __call__(self, batch: Batch, progress: float) -> Tensor:
+        """The assistant's words; ``batch.images`` holds the tower's features."""
+        model, end = self._model.model, self._at + self._places
+        text = model.language_model.embed_tokens(batch.ids)
+        image = model.multi_modal_projector(batch.images).to(text.dtype)
+        embeddings = torch.cat([text[:, : self._at], image, text[:, end:]], 1)
+        hidden = model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        return spoken_loss(self._model.lm_head, hidden, batch, start=end)

@@ -1,4 +1,4 @@
-"""The stages of training: tokenizer, target, the three drafts, scores. Each reads and writes one folder."""
+"""The stages of training: tokenizer, target, the drafts, scores. Each reads and writes one folder."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from pathlib import Path
 from random import Random
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoProcessor, LlamaForCausalLM, LlavaForConditionalGeneration
 from transformers.utils import logging
 
+from fastspec.training.adapter import add_image_adapter
+
 from . import DRAFTS
 from .card import write_card
-from .fitting import Batch, Budget, Feed, PatchHeads, TargetLoss, draft_loss, fit
+from .fitting import Batch, Budget, Feed, ImageDraftLoss, PatchHeads, TargetLoss, draft_loss, fit
 from .language import TASKS, Example
 from .models import count_parameters, new_draft, new_processor, new_target, replace_folder, save_model
 from .scenes import Scene
@@ -29,7 +32,10 @@ CORPUS = 30_000  # examples the tokenizer is trained on
 QUESTIONS = 6  # to the target about one picture, when its answers are collected
 EPOCHS = 12  # over the target's answers
 TOWER_SHARE = 0.15  # of the target's time, for its vision tower alone
-RATES = {"target": 1e-3, "base": 3e-3, "chat": 3e-3, "ft": 2e-3}
+RATES = {"target": 1e-3, "base": 3e-3, "chat": 3e-3, "ft": 2e-3, "image": 2e-3}
+IMAGE_POOLING = 2  # the image draft sees 36 image tokens
+#: When the answers, the adapter alone and the image draft are ready, as shares of the stage's time; the twin follows.
+IMAGE_ENDS = (0.6, 0.7, 0.92)
 
 
 @dataclass(frozen=True)
@@ -194,48 +200,130 @@ def chat(run: Run, deadline: float | None) -> None:
         _fit_draft(run, "chat", run.load("draft-base"), feed.next, Budget(run.steps, deadline))
 
 
-def ft(run: Run, deadline: float | None) -> None:
-    """From the chat draft, on the target's own answers to pictures, half of them greedy and half sampled."""
-    begin = time.monotonic()
-    model, processor = run.load("target").eval(), run.processor()
+@dataclass
+class _Answers:
+    """What the target said: (prompt ids, answer ids, number of the picture), and the pictures."""
+
+    rows: list[tuple[list[int], list[int], int]]
+    pictures: list
+
+    def text_rows(self, run: Run) -> tuple[Tensor, Tensor]:
+        """Ids without image tokens and which of them are to be learned, ``[n, length]`` on the device."""
+        ids = torch.full((len(self.rows), TEXT_LENGTH + 64), PAD, dtype=torch.int16)
+        spoken = torch.zeros(ids.shape, dtype=torch.bool)
+        for index, (prompt, answer, _) in enumerate(self.rows):
+            prompt = drop_image(prompt)
+            row = torch.tensor((prompt + answer)[: ids.shape[1]], dtype=torch.int16)
+            ids[index, : len(row)] = row
+            spoken[index, len(prompt) : len(row)] = True
+        longest = int((ids != PAD).any(0).nonzero().max()) + 1
+        return ids[:, :longest].to(run.device), spoken[:, :longest].to(run.device)
+
+
+def _collect(run: Run, model, processor, enough: float | None) -> _Answers:
+    """The target's own answers to pictures, half of them greedy and half sampled, until the clock says enough."""
     rng = Random(f"training {run.seed} answers")
-    rows: list[tuple[list[int], list[int]]] = []
+    found = _Answers([], [])
     per_round = 2048 if run.device.type == "cuda" else 32
-    # Most of the time goes into the answers: the draft itself is soon through with them.
-    enough = None if deadline is None else begin + 0.75 * (deadline - begin)
     torch.manual_seed(run.seed + 2)
     bar = tqdm(desc="the target's answers", unit=" answers")
-    while not rows or (len(rows) < 64 if run.steps is not None else time.monotonic() < enough):
-        images, texts = [], []
+    while not found.rows or (len(found.rows) < 64 if run.steps is not None else time.monotonic() < enough):
+        places, texts = [], []
         for index in range(per_round):
             if index % QUESTIONS == 0:
                 scene = Scene.random(rng)
-                image = scene.render()
+                found.pictures.append(scene.render())
             example = Example.random(TASKS[index % len(TASKS)], rng, scene)
-            images.append(image)
+            places.append(len(found.pictures) - 1)
             texts.append(prompt_text(example.turns, int(rng.random() * len(example.turns))))
-        sampled = len(rows) // per_round % 2 == 1
+        sampled = len(found.rows) // per_round % 2 == 1
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sampled else {}
-        rows += answer_ids(
+        images = [found.pictures[place] for place in places]
+        pairs = answer_ids(
             model, processor, images, texts, per_round, max_new_tokens=run.answer_tokens, **options
         )
+        found.rows += [(*pair, place) for pair, place in zip(pairs, places, strict=True)]
         bar.update(per_round)
     bar.close()
-    ids = torch.full((len(rows), TEXT_LENGTH + 64), PAD, dtype=torch.int16)
-    spoken = torch.zeros(ids.shape, dtype=torch.bool)
-    for index, (prompt, answer) in enumerate(rows):
-        prompt = drop_image(prompt)
-        row = torch.tensor((prompt + answer)[: ids.shape[1]], dtype=torch.int16)
-        ids[index, : len(row)] = row
-        spoken[index, len(prompt) : len(row)] = True
-    ids, spoken = ids.to(run.device), spoken.to(run.device)
+    return found
+
+
+def ft(run: Run, deadline: float | None) -> None:
+    """From the chat draft, on the target's own answers to pictures, half of them greedy and half sampled."""
+    begin = time.monotonic()
+    # Most of the time goes into the answers: the draft itself is soon through with them.
+    enough = None if deadline is None else begin + 0.75 * (deadline - begin)
+    answers = _collect(run, run.load("target").eval(), run.processor(), enough)
+    ids, spoken = answers.text_rows(run)
 
     def next_batch() -> Batch:
         some = torch.randint(len(ids), (run.draft_batch,), device=run.device)
         return Batch(ids[some].long(), spoken[some], None, None)
 
-    budget = Budget(run.steps or max(1, EPOCHS * len(rows) // run.draft_batch), deadline)
-    _fit_draft(run, "ft", run.load("draft-chat"), next_batch, budget, begin=begin, answers=len(rows))
+    budget = Budget(run.steps or max(1, EPOCHS * len(ids) // run.draft_batch), deadline)
+    _fit_draft(run, "ft", run.load("draft-chat"), next_batch, budget, begin=begin, answers=len(ids))
+
+
+def image(run: Run, deadline: float | None) -> None:
+    """From the ft draft, with an adapter to the target's vision features: the adapter alone, then all but the tower.
+
+    A twin, the ft draft without an adapter, learns as long from the same answers: what it gains is not the image's.
+    """
+    begin = time.monotonic()
+    target, processor = run.load("target").eval(), run.processor()
+    enough, alone, together = (
+        None if deadline is None else begin + share * (deadline - begin) for share in IMAGE_ENDS
+    )
+    answers = _collect(run, target, processor, enough)
+    text_ids, text_spoken = answers.text_rows(run)
+    pictures = torch.tensor([place for _, _, place in answers.rows], device=run.device)
+    features = torch.cat([_features(target, processor, some) for some in _chunks(answers.pictures, 128)])
+
+    torch.manual_seed(run.seed + 3)
+    draft = add_image_adapter(run.load("draft-ft").cpu(), target.cpu(), pooling=IMAGE_POOLING).to(run.device)
+    loss = ImageDraftLoss(draft, processor)
+    ids, spoken = loss.with_image(text_ids, text_spoken)
+
+    def next_with_image() -> Batch:
+        some = torch.randint(len(ids), (run.draft_batch,), device=run.device)
+        return Batch(ids[some].long(), spoken[some], features[pictures[some]].float(), None)
+
+    def next_text() -> Batch:
+        some = torch.randint(len(ids), (run.draft_batch,), device=run.device)
+        return Batch(text_ids[some].long(), text_spoken[some], None, None)
+
+    steps = run.steps or max(1, EPOCHS * len(ids) // run.draft_batch)
+    rate = run.rate or RATES["image"]
+    adapter = draft.model.multi_modal_projector
+    adapter_steps = fit("adapter", (adapter,), loss, next_with_image, Budget(steps, alone), rate)
+    learning = (draft.model.language_model, adapter)
+    steps = fit("draft-image", learning, loss, next_with_image, Budget(steps, together), rate)
+    save_model(draft.eval(), processor, run.out / "draft-image")
+    twin = run.load("draft-ft")
+    twin_steps = fit("draft-twin", (twin,), draft_loss(twin), next_text, Budget(steps, deadline), rate)
+    save_model(twin.eval(), run.processor().tokenizer, run.out / "draft-twin")
+    run.record(
+        "image",
+        seconds=time.monotonic() - begin,
+        device=run.device_name(),
+        steps=steps,
+        adapter_steps=adapter_steps,
+        twin_steps=twin_steps,
+        batch=run.draft_batch,
+        parameters=count_parameters(draft),
+        answers=len(ids),
+    )
+
+
+def _chunks(items: list, size: int) -> list[list]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+@torch.no_grad()
+def _features(target, processor, pictures: list) -> Tensor:
+    """What the target's tower says of each patch, ``[n, 144, 192]`` in half precision."""
+    pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    return target.model.vision_tower(pixels.to(target.device)).last_hidden_state[:, 1:].half()
 
 
 def score(run: Run, deadline: float | None) -> None:
@@ -280,6 +368,7 @@ STAGES = {
     "base": Stage(base, 0.06, VOCABULARY),
     "chat": Stage(chat, 0.07, {"draft-base/model.safetensors": "base"}),
     "ft": Stage(ft, 0.10, TARGET | {"draft-chat/model.safetensors": "chat"}),
+    "image": Stage(image, 0.25, TARGET | {"draft-ft/model.safetensors": "ft"}),
     "score": Stage(score, 0.04, TARGET),
 }
 

@@ -15,9 +15,13 @@ from pathlib import Path
 # torch is imported inside: worker processes import this module too, and need none of it.
 
 STAGES = ("tokenizer", "target", "base", "chat", "ft", "score")
+EXTRA_STAGES = ("image",)  # only when asked for
 PACKS = {
     "target.tar": ("target",),
-    "drafts.tar": ("draft-base", "draft-chat", "draft-ft", "README.md", "training.json"),
+    "drafts.tar": (
+        *("draft-base", "draft-chat", "draft-ft", "draft-image", "draft-twin"),
+        *("README.md", "training.json"),
+    ),
 }
 
 
@@ -28,7 +32,11 @@ def parser() -> argparse.ArgumentParser:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="time for all the stages together (default 6.5)")
     length.add_argument("--steps", type=int, help="steps per stage, instead of a time")
-    parser.add_argument("--stage", default=",".join(STAGES), help="stages to run, with commas (default all)")
+    parser.add_argument(
+        "--stage",
+        default=",".join(STAGES),
+        help=f"stages to run, with commas (default {','.join(STAGES)}); there is also {','.join(EXTRA_STAGES)}",
+    )
     parser.add_argument(
         "--batch", type=int, help="rows per step of the target (default 128 on cuda, 8 on cpu)"
     )
@@ -72,9 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
     begin = time.monotonic()
     options = parser().parse_args(arguments)
     names = [name.strip() for name in options.stage.split(",")]
-    unknown = [name for name in names if name not in STAGES]
+    known = (*STAGES, *EXTRA_STAGES)
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise SystemExit(f"unknown stage {unknown[0]!r}; expected some of {', '.join(STAGES)}")
+        raise SystemExit(f"unknown stage {unknown[0]!r}; expected some of {', '.join(known)}")
 
     import torch
 
@@ -100,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     run.out.mkdir(parents=True, exist_ok=True)
     minutes = None if options.steps is not None else options.minutes or 6.5
-    run_stages(run, sorted(names, key=STAGES.index), minutes, begin)
+    run_stages(run, sorted(names, key=known.index), minutes, begin)
     if options.pack:
         pack(run.out, options.pack)
     print(f"done in {time.monotonic() - begin:.0f} s: {run.out}")

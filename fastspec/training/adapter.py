@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+
+from fastspec.draft.pooling import pool, pool_images
 
 #: What is trained: the projector alone, or the language model with it.
 PARTS = ("adapter", "all")
 
 
-def add_image_adapter(draft: LlamaForCausalLM, target: nn.Module) -> LlavaForConditionalGeneration:
+def add_image_adapter(
+    draft: LlamaForCausalLM, target: nn.Module, pooling: int = 1
+) -> LlavaForConditionalGeneration:
     """A LLaVA of the draft's language model, the target's vision tower and a random projector between them.
 
     Args:
         draft: the language model; its weights are copied.
         target: a LLaVA; its tower's weights are copied, in the draft's precision.
+        pooling: side of the squares of image features that the draft gets the means of: 2 makes 144 image tokens of
+            576. Kept in the config as ``image_pooling``.
 
     Raises:
         ValueError: for a target of another shape than LLaVA's, whose images come in tiles or by other projectors,
-            or a draft without a row for the image placeholder.
+            a draft without a row for the image placeholder, or features that such squares do not fill.
     """
     ours, theirs = draft.config, target.config
     if theirs.model_type != "llava":
@@ -27,6 +34,9 @@ def add_image_adapter(draft: LlamaForCausalLM, target: nn.Module) -> LlavaForCon
         raise ValueError(
             f"the image placeholder {theirs.image_token_id} is outside the draft's vocabulary of {ours.vocab_size}"
         )
+    if pooling < 1:
+        raise ValueError(f"image pooling must be at least 1, got {pooling}")
+    pool(torch.zeros(1, theirs.image_seq_length, 1), pooling)
     text = ours.to_dict()
     text.pop("_name_or_path", None)  # where the draft lay is nobody's business
     config = LlavaConfig(
@@ -42,6 +52,7 @@ def add_image_adapter(draft: LlamaForCausalLM, target: nn.Module) -> LlavaForCon
         bos_token_id=ours.bos_token_id,
         eos_token_id=ours.eos_token_id,
         pad_token_id=ours.pad_token_id,
+        **({"image_pooling": pooling} if pooling > 1 else {}),
     )
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(target.model.vision_tower.state_dict())
@@ -49,6 +60,7 @@ def add_image_adapter(draft: LlamaForCausalLM, target: nn.Module) -> LlavaForCon
     model.lm_head.load_state_dict(draft.lm_head.state_dict())
     model.tie_weights()
     model.generation_config = draft.generation_config
+    pool_images(model)
     return model
 
 

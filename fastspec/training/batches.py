@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Collator:
         pad_token_id: what rows are padded with; nothing ever attends to it.
         with_target: whether the batch has a part ``target``.
         draft_sees_images: whether the draft's rows are the target's, images included.
+        image_pooling: side of the squares of image features that become one image token of the draft's.
     """
 
     def __init__(
@@ -34,9 +36,11 @@ class Collator:
         pad_token_id: int,
         with_target: bool,
         draft_sees_images: bool,
+        image_pooling: int = 1,
     ):
         self._processor, self._placeholder, self._pad = processor, image_token_id, pad_token_id
         self._with_target, self._draft_sees_images = with_target, draft_sees_images
+        self._features_per_token = image_pooling**2
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         examples = [example for example, _ in items]
@@ -45,7 +49,7 @@ class Collator:
             rows, pixels = self._with_images(items)
             batch["target"] = self._pad_rows(rows) | pixels
         if self._draft_sees_images:
-            batch |= batch["target"]
+            batch |= self._pad_rows([self._pooled(row) for row in rows]) | pixels
         else:
             batch |= self._pad_rows([self._without_images(example) for example in examples])
         if not self._with_target:
@@ -55,6 +59,17 @@ class Collator:
     def _without_images(self, example: Example) -> Row:
         kept = [index for index, token in enumerate(example.ids) if token != self._placeholder]
         return [example.ids[index] for index in kept], [example.spoken[index] for index in kept]
+
+    def _pooled(self, row: Row) -> Row:
+        """The row with one placeholder for each square of image features."""
+        ids, spoken = row
+        places = count()
+        kept = [
+            index
+            for index, token in enumerate(ids)
+            if token != self._placeholder or next(places) % self._features_per_token == 0
+        ]
+        return [ids[index] for index in kept], [spoken[index] for index in kept]
 
     def _with_images(self, items: Sequence[Item]) -> tuple[list[Row], dict[str, torch.Tensor]]:
         rows: list[Row] = [(list(example.ids), list(example.spoken)) for example, _ in items]

@@ -59,7 +59,8 @@ def tvd_plus_plus(draft_logits: Tensor, target_logits: Tensor | None, answers: T
 
     The gradient of total variation is E_{x∼q}[−r(x) ∇log q(x)] with the reward r(x) = 1 where p(x) > q(x). TVD++
     normalises the reward, (r − μ) / σ, with its mean and deviation over the positions of the batch. The expectation
-    is taken exactly, over the whole vocabulary, so nothing is sampled.
+    is taken exactly, over the whole vocabulary, so nothing is sampled; μ then drops out of the gradient, and σ makes
+    the steps of total variation longer where nearly all rewards are alike.
     """
     log_q, log_p = laws(draft_logits, target_logits)
     q = log_q.exp()

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, PretrainedConfig
 
 from fastspec.command import load_draft, load_target
+from fastspec.draft.compact import CompactLlamaForCausalLM
+from fastspec.draft.pooling import image_pooling, pool_images
 from fastspec.model.transformer import check_text_model
 from fastspec.model.vision import MULTIMODAL_MODELS, image_token_id, is_multimodal
 from fastspec.training.adapter import add_image_adapter, freeze
@@ -44,6 +46,11 @@ class Pair:
     @property
     def draft_sees_images(self) -> bool:
         return is_multimodal(self.draft)
+
+    @property
+    def image_pooling(self) -> int:
+        """Side of the squares of image features that become one image token of the draft's."""
+        return image_pooling(self.draft)
 
 
 def load_pair(asked: Training, device: str, with_target: bool) -> Pair:
@@ -79,8 +86,12 @@ def load_pair(asked: Training, device: str, with_target: bool) -> Pair:
         draft = new_draft(size, config, processor.tokenizer)
     else:
         draft = _load_trainable(asked.draft, config, processor.tokenizer)
+    if asked.image_pooling != 1 and (not asked.image_adapter or is_multimodal(draft)):
+        raise ValueError(
+            "--image-pooling is for a new image adapter: pass --image-adapter and a text-only draft"
+        )
     if asked.image_adapter and not is_multimodal(draft):
-        draft = add_image_adapter(draft, target)
+        draft = add_image_adapter(draft, target, asked.image_pooling)
     freeze(draft, asked.train)
     tokenizer = processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -96,6 +107,10 @@ def load_pair(asked: Training, device: str, with_target: bool) -> Pair:
 def _load_trainable(name: str, target: PretrainedConfig, tokenizer: Any) -> nn.Module:
     """A draft from disk, in single precision, that speaks the target's vocabulary."""
     draft, its_tokenizer = load_draft(SimpleNamespace(draft=name, dtype="float32", device="cpu"))
+    if isinstance(draft, CompactLlamaForCausalLM):
+        raise ValueError(
+            f"the compact draft in {name} is not trained further: train its original, then shrink it"
+        )
     text = draft.config.get_text_config()
     check_text_model(text)
     check_vocabularies(target.get_text_config().vocab_size, text.vocab_size, tokenizer, its_tokenizer)
@@ -110,6 +125,7 @@ def _load_trainable(name: str, target: PretrainedConfig, tokenizer: Any) -> nn.M
                 f"draft and target take images of other sizes: {draft.config.vision_config.image_size} and "
                 f"{target.vision_config.image_size}"
             )
+        pool_images(draft)
     return draft
 
 

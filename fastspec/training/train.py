@@ -19,6 +19,7 @@ from fastspec.training.datasets import ChatRows, TextBlocks
 from fastspec.training.history import History
 from fastspec.training.lines import BadLines
 from fastspec.training.losses import find_loss
+from fastspec.training.meter import Meter
 from fastspec.training.pair import Pair, load_pair
 from fastspec.training.template import STAGES, check_template
 from fastspec.training.trainer import DraftTrainer
@@ -34,6 +35,7 @@ class Training:
         data: text files (pretrain) or JSONL chats (instruct, distill).
         draft: a draft to train further; a random one of ``size`` if None.
         image_adapter: whether the draft gets the image too.
+        image_pooling: side of the squares of image features that become one token of its.
         train: ``adapter`` for the image adapter alone, or ``all``.
         held_out: examples that are not trained on, for the expected acceptance; 0 leaves it out.
         steps: optimizer steps; 0 for as many as ``epochs`` take.
@@ -46,6 +48,7 @@ class Training:
     draft: str | None = None
     size: str | None = None
     image_adapter: bool = False
+    image_pooling: int = 1
     train: str = "all"
     images: Path | None = None
     loss: str = "cross-entropy"
@@ -89,13 +92,14 @@ def train_draft(asked: Training) -> dict[str, Any]:
 
     bad = BadLines(asked.skip_bad_lines)
     train_data, held_out = _split(_open_data(asked, pair, bad), asked.held_out, asked.seed)
-    history = History(asked.run_folder, asked.loss)
+    history, meter = History(asked.run_folder, asked.loss), Meter()
     # Batches pad through the processor, which a saved tokenizer would remember.
     companion = copy.deepcopy(pair.processor if pair.draft_sees_images else pair.processor.tokenizer)
     trainer = DraftTrainer(
         loss=loss,
         loss_needs_target=compares,
         target=pair.target,
+        meter=meter,
         model=pair.draft,
         args=arguments,
         train_dataset=train_data,
@@ -106,6 +110,7 @@ def train_draft(asked: Training) -> dict[str, Any]:
             pair.pad_token_id,
             pair.target is not None,
             pair.draft_sees_images,
+            pair.image_pooling,
         ),
         processing_class=companion,
         callbacks=[history],
@@ -123,6 +128,7 @@ def train_draft(asked: Training) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "held_out_loss": metrics.get("eval_loss"),
         "expected_acceptance": metrics.get("eval_expected_acceptance"),
+        **meter.summary(trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.num_processes),
         "skipped": len(bad),
         "note": bad.summary(),
     }

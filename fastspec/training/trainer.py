@@ -13,6 +13,7 @@ from fastspec.model.vision import text_stack
 from fastspec.training.batches import answer_positions
 from fastspec.training.checkpoints import last_good_checkpoint
 from fastspec.training.losses import Loss, expected_acceptance
+from fastspec.training.meter import Meter
 
 
 class DraftTrainer(Trainer):
@@ -22,12 +23,23 @@ class DraftTrainer(Trainer):
         loss: from :data:`fastspec.training.losses.LOSSES`.
         loss_needs_target: whether that loss compares with the target's law.
         target: the target, frozen and on the device; None where neither loss nor evaluation asks it.
+        meter: told of every batch.
         **arguments: Trainer's own.
     """
 
-    def __init__(self, *, loss: Loss, loss_needs_target: bool, target: nn.Module | None, **arguments: Any):
+    def __init__(
+        self,
+        *,
+        loss: Loss,
+        loss_needs_target: bool,
+        target: nn.Module | None,
+        meter: Meter,
+        **arguments: Any,
+    ):
         super().__init__(compute_metrics=_held_out_metrics, **arguments)
         self._loss, self._loss_needs_target, self._target = loss, loss_needs_target, target
+        self._meter = meter
+        self.add_callback(meter)
         # Makes Trainer count the tokens of all accumulated batches and processes, by which the loss is divided.
         self.model_accepts_loss_kwargs = True
 
@@ -48,6 +60,7 @@ class DraftTrainer(Trainer):
         return total * self.accelerator.num_processes / count
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *counts: Any, **more: Any) -> Tensor:
+        self._meter.count(inputs["attention_mask"])
         loss = super().training_step(model, inputs, *counts, **more)
         if not torch.isfinite(loss):
             self._stop(f"the loss is {loss.item()}", 1)

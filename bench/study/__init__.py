@@ -1,0 +1,1 @@
+"""The paper's study, repeated with the miniature: ``python -m bench.study --out DIR``."""
