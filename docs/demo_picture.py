@@ -29,7 +29,7 @@ def main() -> None:
         gamma=5,
         temperature=0.0,
         max_new_tokens=160,
-        seed=7,
+        seed=36,
         device="cpu",
         save=Path("demo.png"),
         console=console,

@@ -51,7 +51,7 @@ def demo(
     gamma: Gamma = 5,
     temperature: Temperature = 0.0,
     max_new_tokens: MaxNewTokens = 160,
-    seed: Seed = 7,
+    seed: Seed = 36,
     device: Device = None,
     save: Annotated[Path, typer.Option(help="where the drawn picture goes")] = Path("fastspec-demo.png"),
 ) -> None:
