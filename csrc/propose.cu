@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 1) propose_kernel(const __grid_const
 int propose(const ProposeParams& params, void* stream) {
   return for_type(params.logit_type, [&](auto type) -> int {
     const auto kernel = propose_kernel<decltype(type)::value>;
-    static const cudaError_t prepared = prepare_groups(kernel, sizeof(Shared));
+    const cudaError_t prepared = prepare_groups(kernel, sizeof(Shared));  // of this device
     if (prepared != cudaSuccess) return prepared;
     const int groups = params.batch_size * params.num_rows;
     const int size = usable_group(params.cluster_size, (params.vocab_size + kPiece - 1) / kPiece);

@@ -706,7 +706,7 @@ int verify(const VerifyParams& params, void* stream) {
   static_assert(sizeof(TreeNode) == 32 && sizeof(Shared) % 16 == 0);
   return for_type(params.logit_type, [&](auto type) -> int {
     const auto kernel = verify_kernel<decltype(type)::value>;
-    static const cudaError_t prepared = prepare_groups(kernel, shared_bytes(kMaxVocab));
+    const cudaError_t prepared = prepare_groups(kernel, shared_bytes(kMaxVocab));  // of this device
     if (prepared != cudaSuccess) return prepared;
     const int size = usable_group(params.cluster_size, num_tiles(params.vocab_size));
     const GroupLaunch launch(params.batch_size, size, kThreads, shared_bytes(params.vocab_size), stream);

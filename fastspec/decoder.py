@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -106,7 +107,8 @@ class SpeculativeDecoder:
         tokenizer: object = None,
         draft_tokenizer: object = None,
     ):
-        self.draft = None if draft is None else make_draft(draft)
+        # A copy, so that the buffers of another decoder with the same draft stay its own.
+        self.draft = None if draft is None else copy.copy(make_draft(draft))
         self.tree = resolve_tree(self.draft, gamma, tree)
         self.rule = check_pair(target, self.draft, self.tree, rule, tokenizer, draft_tokenizer)
         self.target = DecodeTransformer(*text_stack(target))
@@ -125,7 +127,8 @@ class SpeculativeDecoder:
         """Makes all that depends on the sizes, for the target, draft, tree and rule that are set."""
         self.batch_size, self.capacity = batch_size, capacity
         device = self.target.device
-        with asked_memory(device):
+        # Else buffers made in inference mode could never be written outside of it.
+        with asked_memory(device), torch.inference_mode(False):
             self.state = DecodeState(batch_size, capacity, self.tree, self.target.vocab_size, device)
             self.cache = self.target.new_cache(batch_size, capacity + self.tree.num_nodes)
             shape = (batch_size, self.target.vocab_size, self.rule, device)
@@ -134,9 +137,10 @@ class SpeculativeDecoder:
             self._pass = tree_pass(self.target, self.cache, self.tree.on(device).mask)
             self._verifier = Verifier(self.tree, *shape)
             self._first_verifier = Verifier(DraftTree.chain(0), *shape)
+            self._reports = Reports(self.state.report, CYCLES_AHEAD)
         self._commit = Committer(self.state, self.cache)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._reports = Reports(self.state.report, CYCLES_AHEAD)
+        self._graph_results: tuple[torch.Tensor, torch.Tensor] | None = None
         self._stopped: set[int] = set()
         #: A hook needs the host in every cycle, which then runs uncaptured.
         self.logits_hook: LogitsHook | None = None
@@ -189,12 +193,15 @@ class SpeculativeDecoder:
         """Captures the cycle as a CUDA graph, if that is possible and has not been done; ends all sequences."""
         if self._graph is None and self.capturable:
             self.state.clear()  # the cycles of finished sequences change nothing
-            self._graph = capture(self._cycle, self.target.device)
+            with asked_memory(self.target.device), torch.inference_mode(False):
+                self._graph = capture(self._cycle, self.target.device)
+            self._graph_results = self.last_logits, self.last_path
 
     def cycle(self) -> None:
         """One cycle for all sequences: a straight line on the device, with no decision of the host's."""
         if self._graph is not None and self.logits_hook is None:
             self._graph.replay()
+            self.last_logits, self.last_path = self._graph_results
         else:
             self._cycle()
 
@@ -232,9 +239,14 @@ class SpeculativeDecoder:
 
         Args:
             requests: the sequences, at most ``batch_size``.
-            ahead: most cycles queued on a GPU at a time. With 1, ``last_logits`` and ``last_path`` belong to
-                the commitment that was yielded last.
+            ahead: most cycles queued on a GPU at a time, 1 or 2. With 1, ``last_logits`` and ``last_path`` belong
+                to the commitment that was yielded last.
+
+        Raises:
+            ValueError: for another number of cycles, and as :meth:`prefill` does.
         """
+        if ahead not in range(1, CYCLES_AHEAD + 1):
+            raise ValueError(f"ahead must be 1 to {CYCLES_AHEAD}, got {ahead!r}")
         self.capture()
         self.prefill(requests)
         commitment = self.poll()
@@ -258,7 +270,10 @@ class SpeculativeDecoder:
             yield commitment
 
     def record(self, num_requests: int | None = None) -> SpeculationRecord:
-        """Statistics of the generation so far."""
+        """Statistics of the generation so far.
+
+        Cycles that a GPU had queued when the host stopped a sequence count, though nobody saw their tokens.
+        """
         rows = slice(0, num_requests)
         return SpeculationRecord(
             num_nodes=self.tree.num_nodes,

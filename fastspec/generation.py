@@ -312,8 +312,12 @@ class DecodingLoop:
             record = replace(decoder.record(batch), drafted=tuple(map(tuple, delivery.drafted)))
             if self.follows:
                 _history.add(model, self.source, record)
+        except MemoryError:
+            decoder = None  # what it holds may be what the next one needs
+            raise
         finally:
-            _decoders.give_back(model, self.source, shape, decoder)
+            if decoder is not None:
+                _decoders.give_back(model, self.source, shape, decoder)
         for row, reason in enumerate(record.finish_reasons):
             if reason == FinishReason.INVALID_LOGITS:
                 warnings.warn(

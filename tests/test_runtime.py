@@ -9,9 +9,10 @@ import torch
 from models import noisy_clone, picture_inputs, tiny_llama, tiny_llava
 
 import fastspec
-from fastspec import DraftTree, SpeculativeDecoder, generation
+from fastspec import DraftTree, Rule, SpeculativeDecoder, generation
 from fastspec.decoder import Request, read_report
 from fastspec.generation import make_prompts
+from fastspec.ops import Verifier
 from fastspec.runtime import Reports, asked_memory
 from fastspec.sampling import SamplingParams
 from fastspec.state import FinishReason
@@ -148,6 +149,61 @@ def test_a_draft_of_the_users_own_is_not_shared(built):
     assert len(built) == 3
 
 
+def test_a_decoder_made_in_inference_mode_serves_outside_of_it(built):
+    target, draft = tiny_llava(), tiny_llama()
+    with torch.inference_mode():
+        inside = generate(target, draft)
+    assert torch.equal(generate(target, draft), inside)
+    with torch.inference_mode():
+        assert torch.equal(generate(target, draft), inside)
+    assert len(built) == 1
+
+
+def test_one_draft_serves_two_decoders():
+    target, draft = tiny_llava(), fastspec.draft.TextDraft(tiny_llama())
+    requests = requests_on(target, 1, SAMPLED)
+    first = SpeculativeDecoder(target, draft, gamma=3)
+    expected = texts(first, requests)
+    other = SpeculativeDecoder(target, draft, gamma=2)
+    stream, answer = first.stream(requests), []
+    for commitment in stream:
+        answer += commitment.tokens[0]
+        other.prefill(requests)
+        other.cycle()
+    assert [answer] == expected
+
+
+def test_tables_of_a_tree_live_as_long_as_what_reads_them():
+    tree = DraftTree.from_children([[1, 2], [3], [], []])
+    verifier = Verifier(tree, 1, 8, Rule.RECURSIVE_REJECTION, "cpu")
+    table = weakref.ref(tree.on("cpu").table)
+    for gamma in range(1, 100):
+        DraftTree.chain(gamma).on("cpu")
+    gc.collect()
+    assert table() is verifier._tables.table
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_how_far_ahead_is_limited(ahead):
+    decoder = SpeculativeDecoder(tiny_llava(), tiny_llama(), gamma=2)
+    with pytest.raises(ValueError, match=f"ahead must be 1 to 2, got {ahead}"):
+        next(decoder.stream(requests_on(tiny_llava(), 1, SAMPLED), ahead=ahead))
+
+
+def test_what_a_replay_leaves_is_what_the_cycle_left():
+    """Replaying must not leave the prefill's logits behind; a stand-in for the graph runs the cycle's captured work."""
+    target = tiny_llava()
+    decoder = SpeculativeDecoder(target, tiny_llama(), gamma=3)
+    decoder.prefill(requests_on(target, 1, SAMPLED))
+    decoder._cycle()
+    results = decoder.last_logits, decoder.last_path
+    decoder._graph, decoder._graph_results = type("Graph", (), {"replay": lambda self: None})(), results
+    decoder.prefill(requests_on(target, 1, SAMPLED))
+    assert decoder.last_logits.shape[1] == 1
+    decoder.cycle()
+    assert (decoder.last_logits, decoder.last_path) == results
+
+
 def test_a_report_is_read():
     commitment = read_report([[2, 1, FinishReason.RUNNING, 7, 8, 0], [0, 0, FinishReason.EOS, 5, 5, 5]])
     assert commitment.tokens == [[7, 8], []]
@@ -170,12 +226,16 @@ def test_reports_come_in_order():
 
 
 def gpu_pair(dtype=torch.float32):
-    target = tiny_llava().to("cuda", dtype)
-    return target, tiny_llama().to("cuda", dtype)
+    """A pair that PyTorch's operations run, or in bfloat16 one that the fused pass runs."""
+    if dtype == torch.float32:
+        return tiny_llava().to("cuda"), tiny_llama().to("cuda")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512}
+    target = tiny_llava(hidden_size=256, **heads).to("cuda", dtype)
+    return target, tiny_llama(hidden_size=256, **heads).to("cuda", dtype)
 
 
 def requests_on(target, batch, params, tokens=20, first_seed=0):
-    inputs = {name: tensor.to("cuda") for name, tensor in picture_inputs(batch).items()}
+    inputs = {name: tensor.to(target.device) for name, tensor in picture_inputs(batch).items()}
     prompts = make_prompts(target, inputs["input_ids"], [0] * batch, inputs)
     return [
         Request(prompt, tokens, params, seed=first_seed + row, eos_token_ids=(2,))
@@ -192,11 +252,12 @@ def texts(decoder, requests, **kwargs):
 
 
 @gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("tree", [DraftTree.chain(3), TREE])
 @pytest.mark.parametrize("params", [SamplingParams(temperature=0.0), SAMPLED], ids=["greedy", "sampled"])
-def test_a_captured_cycle_says_what_the_cycle_says(batch, tree, params):
-    target, draft = gpu_pair()
+def test_a_captured_cycle_says_what_the_cycle_says(batch, tree, params, dtype):
+    target, draft = gpu_pair(dtype)
     decoder = SpeculativeDecoder(target, draft, tree=tree, batch_size=batch)
     assert decoder.capturable
     requests = requests_on(target, batch, params)
@@ -207,6 +268,29 @@ def test_a_captured_cycle_says_what_the_cycle_says(batch, tree, params):
     decoder._graph = None
     decoder.capture = lambda: None
     assert texts(decoder, requests) == captured
+
+
+@gpu
+@pytest.mark.parametrize("tree", [DraftTree.chain(5), TREE])
+def test_greedy_speculation_is_plain_decoding_bit_for_bit_in_bfloat16(tree):
+    target, draft = gpu_pair(torch.bfloat16)
+    for batch in (1, 8):
+        requests = requests_on(target, batch, SamplingParams(temperature=0.0), 100)
+        plain = texts(SpeculativeDecoder(target, None, batch_size=batch), requests)
+        assert texts(SpeculativeDecoder(target, draft, tree=tree, batch_size=batch), requests) == plain
+        itself = copy.deepcopy(target)
+        assert texts(SpeculativeDecoder(target, itself, tree=tree, batch_size=batch), requests) == plain
+
+
+@gpu
+def test_logits_that_are_returned_are_those_of_each_token():
+    target, draft = gpu_pair()
+    wanted = {"return_dict_in_generate": True, "output_logits": True, "batch": 2}
+    ours = generate(target, draft, **wanted)
+    theirs = generate(target.cpu(), draft.cpu(), **wanted)
+    assert torch.equal(ours.sequences.cpu(), theirs.sequences)
+    for one, other in zip(ours.logits, theirs.logits, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-3)
 
 
 @gpu
@@ -259,8 +343,9 @@ def test_replays_allocate_nothing():
 
 
 @gpu
-def test_decoders_on_two_streams_leave_each_other_alone():
-    pairs = [gpu_pair(), (tiny_llava(seed=5).to("cuda"), tiny_llama(seed=6).to("cuda"))]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoders_on_two_streams_leave_each_other_alone(dtype):
+    pairs = [gpu_pair(dtype), (tiny_llava(seed=5).to("cuda"), tiny_llama(seed=6).to("cuda"))]
     decoders = [SpeculativeDecoder(*pair, gamma=3) for pair in pairs]
     requests = [requests_on(pair[0], 1, SAMPLED, 60) for pair in pairs]
     expected = [texts(decoder, one) for decoder, one in zip(decoders, requests, strict=True)]

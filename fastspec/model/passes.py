@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
 from fastspec.model.cache import CacheView, StaticCache
 from fastspec.model.transformer import DecodeTransformer
 from fastspec.ops.backends import choose
-from fastspec.ops.fused_pass import MAX_VISIBLE, FusedPass, unsupported
+from fastspec.ops.fused_pass import MAX_VISIBLE, FusedPass, TooLargeError, unsupported
 
 #: ``(token_ids [B, R] int64, prefix [B] int64, logit_row [B] int64 or None)`` to ``[B, R or 1, V]`` logits.
 TreePass = Callable[..., torch.Tensor]
@@ -55,5 +56,6 @@ def tree_pass(
     num_rows = mask.shape[0]
     supported = unsupported(transformer, cache, num_rows) is None and int(mask.sum(1).max()) <= MAX_VISIBLE
     if supported and choose("auto", transformer.device, True) == "cuda":
-        return FusedPass(transformer, cache, num_rows, mask, first_slot)
+        with suppress(TooLargeError):
+            return FusedPass(transformer, cache, num_rows, mask, first_slot)
     return ModulePass(transformer, cache, mask, first_slot)

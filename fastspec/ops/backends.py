@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -87,6 +88,11 @@ def _triton() -> Backend:
 def backends() -> list[Backend]:
     """All implementations, the most preferred first."""
     return [_cuda(), _triton(), Backend("reference", True, "PyTorch, any device")]
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Makes a GPU the current one, on which kernels are launched; does nothing for other devices."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def choose(requested: str, device: torch.device, supported: bool) -> str:

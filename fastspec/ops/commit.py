@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastspec.model.cache import StaticCache
-from fastspec.ops.backends import choose, extension
+from fastspec.ops.backends import choose, current, extension
 from fastspec.ops.verify import Verdict
 from fastspec.state import REPORT_HEADER, DecodeState, FinishReason
 
@@ -38,9 +38,10 @@ class Committer:
         """
         moves = not first and not self.state.tree.is_chain
         if self.backend == "cuda":
-            if moves:
-                self._compact_cuda(verdict)
-            self._commit_cuda(verdict, first)
+            with current(self.state.tokens.device):
+                if moves:
+                    self._compact_cuda(verdict)
+                self._commit_cuda(verdict, first)
             return
         if moves:
             self.cache.keep_path(self.state.num_tokens - 1, verdict.path)

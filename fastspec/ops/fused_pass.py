@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 
 import torch
@@ -29,6 +30,10 @@ SLOTS_UNDER_WAY = 6
 SILU = type(ACT2FN["silu"])
 
 
+class TooLargeError(ValueError):
+    """A pass that the GPU's multiprocessors have too little shared memory for."""
+
+
 class FusedPass:
     """A pass over R rows per sequence as one cooperative kernel, for GPUs of compute capability 9.0 and up.
 
@@ -49,6 +54,7 @@ class FusedPass:
 
     Raises:
         ValueError: for what :func:`unsupported` names, and for a mask that does not fit.
+        TooLargeError: if the residual stream does not fit into shared memory.
 
     Attributes:
         clock: ``[5 * layers + 3]`` int64 or None. If set, the kernel notes nanoseconds: at its start, when
@@ -152,7 +158,7 @@ class FusedPass:
         with torch.cuda.device(self.device):
             slots = self._module.pass_slots(self._params)
         if slots < MIN_SLOTS:
-            raise ValueError(
+            raise TooLargeError(
                 f"the fused pass does not support hidden size {transformer.hidden_size} with {rows} rows: "
                 "the residual stream does not fit into shared memory"
             )
@@ -286,6 +292,7 @@ class TensorMaps:
 
     def __init__(self, device: torch.device):
         self._device = device
+        self._lock = threading.Lock()
         self._addresses: dict[bytes, int] = {}
         self._pages: list[torch.Tensor] = []
 
@@ -293,15 +300,16 @@ class TensorMaps:
         """Where the map of a contiguous matrix of 16-bit elements lies on the device."""
         with torch.cuda.device(self._device):
             encoded = extension().encode_weights(matrix.data_ptr(), *matrix.shape)
-        if encoded not in self._addresses:
-            index = len(self._addresses) % self.PAGE
-            if index == 0:
-                page = torch.zeros(self.PAGE, len(encoded), dtype=torch.uint8, device=self._device)
-                self._pages.append(page)
-            place = self._pages[-1][index]
-            place.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
-            self._addresses[encoded] = place.data_ptr()
-        return self._addresses[encoded]
+        with self._lock, torch.inference_mode(False):
+            if encoded not in self._addresses:
+                index = len(self._addresses) % self.PAGE
+                if index == 0:
+                    page = torch.zeros(self.PAGE, len(encoded), dtype=torch.uint8, device=self._device)
+                    self._pages.append(page)
+                place = self._pages[-1][index]
+                place.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
+                self._addresses[encoded] = place.data_ptr()
+            return self._addresses[encoded]
 
 
 @lru_cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastspec.ops.backends import choose, extension
+from fastspec.ops.backends import choose, current, extension
 from fastspec.ops.checks import FLOATING, check_rows, check_tensor
 from fastspec.ops.verify import (
     LOGIT_TYPES,
@@ -52,6 +52,7 @@ class Proposer:
         self.tree, self.rule = tree, rule
         self.batch_size, self.vocab_size = batch_size, vocab_size
         self.device = torch.empty(0, device=device).device  # with its index
+        self._tables = tree.on(self.device)  # a captured graph knows only where it lies
         # What counts for the draft is how children are drawn; traversal draws as recursive rejection does.
         self._kernel_rule = kernel_rule(rule, tree) or Rule.RECURSIVE_REJECTION
         self.backend = choose(backend, self.device, vocab_size <= MAX_VOCAB_SIZE)
@@ -69,10 +70,10 @@ class Proposer:
         self._check(logits, level, tokens, draft_logits, positions)
         if self.backend == "reference":
             reference(logits, level, self.tree, tokens, draft_logits, sampling, positions, self.rule)
-        elif self.backend == "triton":
-            self._launch_triton(logits, level, tokens, draft_logits, sampling, positions)
-        else:
-            self._launch_cuda(logits, level, tokens, draft_logits, sampling, positions)
+            return
+        launch = self._launch_triton if self.backend == "triton" else self._launch_cuda
+        with current(self.device):
+            launch(logits, level, tokens, draft_logits, sampling, positions)
 
     def _check(self, logits, level, tokens, draft_logits, positions) -> None:
         tree = self.tree
@@ -106,7 +107,7 @@ class Proposer:
             draft_logits.data_ptr(),
             tokens.data_ptr(),
             tokens.stride(0),
-            tree.on(self.device).table.data_ptr(),
+            self._tables.table.data_ptr(),
             positions.data_ptr(),
             sampling_pointers(module, sampling),
             self.batch_size,
@@ -131,7 +132,7 @@ class Proposer:
             logits,
             draft_logits,
             tokens,
-            tree.on(self.device).table,
+            self._tables.table,
             positions,
             *sampling_arguments(sampling),
             logits.stride(1),

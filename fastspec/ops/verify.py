@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastspec.ops.backends import choose, extension
+from fastspec.ops.backends import choose, current, extension
 from fastspec.ops.checks import FLOATING, check_rows, check_tensor
 from fastspec.philox import Stream, accept_uniforms, exponentials, race
 from fastspec.sampling import SamplingTensors, valid_rows
@@ -79,6 +79,7 @@ class Verifier:
         self.tree, self.rule = tree, rule
         self.batch_size, self.vocab_size = batch_size, vocab_size
         self.device = torch.empty(0, device=device).device  # with its index
+        self._tables = tree.on(self.device)  # a captured graph knows only where it lies
         self._kernel_rule = kernel_rule(rule, tree)
         supported = self._kernel_rule is not None and vocab_size <= MAX_VOCAB_SIZE
         self.backend = choose(backend, self.device, supported)
@@ -100,7 +101,8 @@ class Verifier:
             self._stats = empty(batch_size, rows, 8, dtype=torch.float64)
             return
         self._root_ahead = tree.ahead(0)
-        self._cluster_size = group_size(batch_size, extension().max_verify_group())
+        with torch.cuda.device(self.device):
+            self._cluster_size = group_size(batch_size, extension().max_verify_group())
         #: Where the kernel notes the cycles at each mark (csrc/params.h); for measuring only.
         self.clock: torch.Tensor | None = None
 
@@ -118,10 +120,9 @@ class Verifier:
             draft_logits = None
         if self.backend == "reference":
             return reference(target_logits, tokens, self.tree, sampling, positions, self.rule, draft_logits)
-        if self.backend == "triton":
-            self._launch_triton(target_logits, tokens, sampling, positions, draft_logits)
-        else:
-            self._launch_cuda(target_logits, tokens, sampling, positions, draft_logits)
+        launch = self._launch_triton if self.backend == "triton" else self._launch_cuda
+        with current(self.device):
+            launch(target_logits, tokens, sampling, positions, draft_logits)
         return self._verdict
 
     def _check(self, target_logits, tokens, positions, draft_logits) -> None:
@@ -153,7 +154,7 @@ class Verifier:
             0 if draft_logits is None else draft_logits.data_ptr(),
             tokens.data_ptr(),
             tokens.stride(0),
-            tree.on(self.device).table.data_ptr(),
+            self._tables.table.data_ptr(),
             positions.data_ptr(),
             sampling_pointers(module, sampling),
             *(tensor.data_ptr() for tensor in verdict),
@@ -179,7 +180,7 @@ class Verifier:
             target_logits,
             draft_logits if needs_draft else target_logits,
             tokens,
-            tree.on(self.device).table,
+            self._tables.table,
             positions,
             *sampling_arguments(sampling),
             self._stats,

@@ -56,7 +56,7 @@ class DecoderCache:
         """
         with self._lock:
             kept = self._entries.get(target, [])
-            for entry in [one for one in kept if one.draft() is draft and one.shape == shape]:
+            for entry in [one for one in kept if _same(one.draft(), draft) and one.shape == shape]:
                 # Taken out in any case: one that is too small, or whose weights have moved, makes room.
                 kept.remove(entry)
                 if entry.decoder.capacity >= capacity and entry.weights == _addresses(target, draft):
@@ -96,6 +96,10 @@ class DecoderCache:
         model = target()
         kept = self._entries.get(model, []) if model is not None else []
         kept[:] = [entry for entry in kept if id(entry.decoder) != decoder_id]
+
+
+def _same(kept: object, draft: object) -> bool:
+    return kept is draft or (isinstance(draft, str) and kept == draft)
 
 
 def _addresses(target: nn.Module, draft: object) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from fastspec.runtime.capture import capture
+
+MOST_SHAPES = 4
 
 
 class _Captured(NamedTuple):
@@ -23,10 +26,11 @@ class _Captured(NamedTuple):
 class EncoderGraphs:
     """Image encoders captured per model and shape, from the second call with a shape on.
 
-    Models are not kept alive. A graph is dropped when its model's weights have moved.
+    Models are not kept alive. A graph is dropped when its model's weights have moved, or four others came after it.
     """
 
     def __init__(self):
+        self._lock = threading.Lock()
         self._models: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
@@ -43,11 +47,19 @@ class EncoderGraphs:
             encode: pixels to features, one tensor per image; it must not read values back to the host.
             pixel_values: the images.
         """
-        shapes = self._models.setdefault(model, {})
         key = (tuple(pixel_values.shape), pixel_values.dtype)
-        if key not in shapes:
-            shapes[key] = None  # once is no habit
-            return encode(pixel_values)
+        with self._lock:
+            shapes = self._models.setdefault(model, {})
+            known = key in shapes
+            captured = shapes.pop(key, None)
+            shapes[key] = captured  # the last one now
+            for oldest in list(shapes)[:-MOST_SHAPES]:
+                del shapes[oldest]
+            if known:
+                return self._run(shapes, key, model, encode, pixel_values)
+        return encode(pixel_values)  # once is no habit
+
+    def _run(self, shapes: dict, key: tuple, model: nn.Module, encode: Callable, pixel_values: torch.Tensor):
         weights = tuple(parameter.data_ptr() for parameter in model.parameters())
         captured = shapes[key]
         if captured is None or captured.weights != weights:
@@ -62,10 +74,11 @@ class EncoderGraphs:
 
 
 def _capture(encode, pixel_values: torch.Tensor, weights: tuple[int, ...]) -> _Captured:
-    static, features = pixel_values.clone(), []
+    with torch.inference_mode(False):
+        static, features = pixel_values.clone(), []
 
-    def run():
-        features[:] = encode(static)
+        def run():
+            features[:] = encode(static)
 
-    graph = capture(run, pixel_values.device, "image encoder")
+        graph = capture(run, pixel_values.device, "image encoder")
     return _Captured(weights, static, tuple(features), graph, torch.cuda.Event())
