@@ -42,7 +42,7 @@ def test_demo_draws_a_picture_and_tells_drafted_tokens_apart(run, tmp_path):
     saved = tmp_path / "fastspec-demo.png"
     assert "fastspec-demo.png (drawn" in out
     assert min(Image.open(saved).size) >= 256
-    assert miniature.sample_example("caption", 7).turns[0][0] in out
+    assert miniature.sample_example("caption", 36).turns[0][0] in out
 
     answer = " ".join(out.split("outside\n")[1].strip().split("\n\n")[0].split("\n"))
     assert re.search(r"\[[^\[\]]+\]", answer)
@@ -59,9 +59,9 @@ def test_demo_draws_a_picture_and_tells_drafted_tokens_apart(run, tmp_path):
     assert speculative == pytest.approx((tokens - 1) / passes, abs=0.005)
 
     # Without its brackets the marked text is what `generate` answers.
-    question = miniature.sample_example("caption", 7).turns[0][0]
+    question = miniature.sample_example("caption", 36).turns[0][0]
     small = tmp_path / "small.png"
-    miniature.sample_example("caption", 7).scene.render().save(small)
+    miniature.sample_example("caption", 36).scene.render().save(small)
     result = run("generate", "--target", "miniature", "--image", small, "--prompt", question, "--json",
                  "--max-new-tokens", 160)  # fmt: skip
     assert brackets_removed(answer) == json.loads(result[1])["text"]
