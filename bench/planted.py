@@ -22,18 +22,17 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    CLIPImageProcessorPil,
     GenerationConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PretrainedConfig,
-    PreTrainedTokenizerFast,
 )
 
 from bench.law import FIRST_TEXT_TOKEN, PlantedLaw
 from bench.shapes import DRAFTS, TARGETS, draft_config, target_config
+from fastspec.miniature.models import new_processor
 from fastspec.model.vision import text_stack
 
 MAX_CLASSES = 256
@@ -172,27 +171,8 @@ def planted_processor(config: LlavaConfig) -> LlavaProcessor:
     words.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", text.bos_token_id)]
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-        padding_side="left",
-        model_max_length=text.max_position_embeddings,
-        clean_up_tokenization_spaces=False,
-    )
-    side = vision.image_size
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_convert_rgb=True
-        ),
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
-        image_token="<image>",
+    return new_processor(
+        words, vision.image_size, vision.patch_size, text.max_position_embeddings, chat_template=None
     )
 
 

@@ -63,39 +63,34 @@ def choose_tree(
 
     best, best_rate = None, 0.0
     for depth in range(1, min(len(acceptance), MAX_DEPTH) + 1):
-        expected, children = 1.0, [[]]
-        for worth, parent in _worthiest(acceptance[:depth], children, max_nodes - 1):
+        expected, levels, children = 1.0, 0, [[]]
+        for worth, parent, level in _worthiest(acceptance[:depth], children, max_nodes - 1):
             children[parent].append(len(children))
             children.append([])
-            expected += worth
+            expected, levels = expected + worth, max(levels, level)
             cost = pass_costs[next(size for size in sizes if size >= len(children))]
-            rate = expected / (cost + draft_cost * _levels(children))
+            rate = expected / (cost + draft_cost * levels)
             if rate > best_rate:
                 best, best_rate = [list(own) for own in children], rate
     return DraftTree.from_children(best)
 
 
 def _worthiest(acceptance, children, count):
-    """(worth, parent) of the nodes below the root in falling order of worth; the caller adds each to ``children``."""
+    """(worth, parent, depth) of the nodes below the root in falling order of worth.
+
+    The caller adds each to ``children``.
+    """
     frontier = [(-acceptance[0][0], 0, 0, 0, 1.0)]  # minus the worth, parent, rank, depth, the parent's worth
     for _ in range(count):
         if not frontier:
             return
         minus, parent, rank, depth, above = heapq.heappop(frontier)
         node = len(children)
-        yield -minus, parent
+        yield -minus, parent, depth + 1
         if rank + 1 < len(acceptance[depth]):
             heapq.heappush(frontier, (-above * acceptance[depth][rank + 1], parent, rank + 1, depth, above))
         if depth + 1 < len(acceptance):
             heapq.heappush(frontier, (minus * acceptance[depth + 1][0], node, 0, depth + 1, -minus))
-
-
-def _levels(children: Sequence[Sequence[int]]) -> int:
-    depths = [0] * len(children)
-    for node, own in enumerate(children):
-        for child in own:
-            depths[child] = depths[node] + 1
-    return max(depths)
 
 
 def measure_acceptance(decoder: SpeculativeDecoder, requests: Sequence[Request]) -> list[list[float]]:

@@ -102,7 +102,9 @@ def new_draft() -> LlamaForCausalLM:
     return model
 
 
-def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def wrap_tokenizer(
+    tokenizer: Tokenizer, max_length: int = 1024, chat_template: str | None = CHAT_TEMPLATE
+) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -111,24 +113,30 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         extra_special_tokens={"image_token": "<image>"},
         padding_side="left",
-        model_max_length=1024,
+        model_max_length=max_length,
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
 
 
-def new_processor(tokenizer: Tokenizer) -> LlavaProcessor:
-    """LLaVA-1.5's processor: resized to 96 px on the short side, cut to a square, normalised as for CLIP."""
+def new_processor(
+    tokenizer: Tokenizer,
+    side: int = SIDE,
+    patch_size: int = PATCH,
+    max_length: int = 1024,
+    chat_template: str | None = CHAT_TEMPLATE,
+) -> LlavaProcessor:
+    """LLaVA-1.5's processor: resized to `side` px on the short side, cut to a square, normalised as for CLIP."""
     image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_convert_rgb=True
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_convert_rgb=True
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=wrap_tokenizer(tokenizer),
-        patch_size=PATCH,
+        tokenizer=wrap_tokenizer(tokenizer, max_length, chat_template),
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
         image_token="<image>",
     )
 
