@@ -158,7 +158,7 @@ def test_info_says_why_the_kernels_are_missing(monkeypatch, tmp_path, record, re
     monkeypatch.setattr(backends, "__file__", str(tmp_path / "ops" / "backends.py"))
     monkeypatch.setattr(backends, "importlib", types.SimpleNamespace(import_module=missing))
     monkeypatch.setattr(backends, "extension", backends.extension.__wrapped__)
-    monkeypatch.setattr(backends, "_triton_version", lambda: None)
+    monkeypatch.setattr(backends, "triton_version", lambda: None)
     cuda, triton, reference = backends.backends()
     assert cuda == ("cuda", False, reason)
     assert not triton.available

@@ -56,11 +56,6 @@ class StaticCache:
         self.keys[layer][self._sequences, :, rows] = keys
         self.values[layer][self._sequences, :, rows] = values
 
-    def write_prompt(self, layer: int, sequence: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Stores a prompt from row 0 on, ``[T, kv_heads, head_dim]`` each."""
-        self.keys[layer, sequence, :, : keys.shape[0]] = keys.transpose(0, 1)
-        self.values[layer, sequence, :, : values.shape[0]] = values.transpose(0, 1)
-
     def keep_path(self, prefix: torch.Tensor, path: torch.Tensor) -> None:
         """Makes the rows of an accepted path contiguous after the prefix, in place.
 

@@ -12,9 +12,14 @@ from transformers.activations import ACT2FN
 from fastspec.model.cache import CacheView, StaticCache
 from fastspec.model.weights import pack_layer
 from fastspec.ops.attention import tree_attention, visible_rows
+from fastspec.ops.backends import current
+from fastspec.ops.causal_attention import causal_attention
+from fastspec.ops.prefill import add_norm, choose_backend, gate, rms_norm, rotate, rotate_prompt
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+#: The table of a prompt's rotations grows by so many rows.
+ROTATION_ROWS = 1024
 
 
 class DecodeTransformer:
@@ -56,6 +61,7 @@ class DecodeTransformer:
         rope = text_model.rotary_emb
         self.inverse_frequencies = rope.inv_freq.float().to(self.device)
         self.rope_scaling = rope.attention_scaling
+        self._prompt_table: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -77,7 +83,7 @@ class DecodeTransformer:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., hidden]`` to ``[..., V]``, in the model's dtype."""
-        return F.linear(self._norm(hidden, self.final_norm), self.lm_head, self.lm_head_bias)
+        return F.linear(rms_norm(hidden, self.final_norm, self.epsilon), self.lm_head, self.lm_head_bias)
 
     def prefill(self, embeddings: torch.Tensor, cache: StaticCache, sequence: int) -> torch.Tensor:
         """Runs a whole prompt of one sequence from position 0 and fills its cache rows.
@@ -89,22 +95,26 @@ class DecodeTransformer:
 
         Returns:
             ``[T, hidden]`` before the final norm.
+
+        Raises:
+            ValueError: for a prompt that is longer than the cache, and a backend that cannot run here.
         """
+        length = embeddings.shape[0]
+        if length > cache.capacity:
+            raise ValueError(f"a prompt of {length} tokens does not fit a cache of {cache.capacity} rows")
+        backend = choose_backend(self.dtype, self.hidden_size, self.device)
+        cos, sin = self._prompt_rotation(length)
+        keys, values = (
+            stored[:, sequence, :, :length].transpose(1, 2).unbind(0) for stored in (cache.keys, cache.values)
+        )
 
-        def attend(layer, queries, keys, values):
-            cache.write_prompt(layer, sequence, keys[0], values[0])
-            mixed = F.scaled_dot_product_attention(
-                queries.transpose(1, 2),
-                keys.transpose(1, 2),
-                values.transpose(1, 2),
-                is_causal=True,
-                scale=self.scale,
-                enable_gqa=self.num_heads != self.num_kv_heads,
-            )
-            return mixed.transpose(1, 2)
+        def attend(layer, fused):
+            queries = rotate_prompt(fused, cos, sin, keys[layer], values[layer], backend)
+            mixed = causal_attention(queries[None], keys[layer][None], values[layer][None], self.scale)
+            return mixed.reshape(length, -1)
 
-        positions = torch.arange(embeddings.shape[0], device=self.device)[None]
-        return self._run(embeddings[None], positions, attend)[0]
+        with current(self.device):
+            return self._run(embeddings.contiguous(), attend, backend)
 
     def forward(
         self, embeddings: torch.Tensor, positions: torch.Tensor, cache: StaticCache, view: CacheView
@@ -121,44 +131,46 @@ class DecodeTransformer:
             ``[B, R, hidden]`` before the final norm.
         """
         visible = visible_rows(view, cache.capacity)
-
-        def attend(layer, queries, keys, values):
-            cache.write(layer, keys, values, view)
-            return tree_attention(queries, cache.keys[layer], cache.values[layer], visible, self.scale)
-
-        return self._run(embeddings, positions, attend)
-
-    def _run(self, hidden: torch.Tensor, positions: torch.Tensor, attend: Callable) -> torch.Tensor:
-        batch, rows, _ = hidden.shape
-        cos, sin = self._rotation(positions)
+        batch, rows, _ = embeddings.shape
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        for index, layer in enumerate(self.layers):
-            fused = F.linear(self._norm(hidden, layer.input_norm), layer.qkv, layer.qkv_bias)
-            fused = fused.view(batch, rows, sum(heads), self.head_dim)
-            queries, keys, values = fused.split(heads, dim=2)
-            mixed = attend(index, _rotate(queries, cos, sin), _rotate(keys, cos, sin), values)
-            hidden = hidden + F.linear(mixed.reshape(batch, rows, -1), layer.output, layer.output_bias)
-            gate, up = F.linear(self._norm(hidden, layer.post_norm), layer.gate_up, layer.gate_up_bias).chunk(
-                2, dim=-1
-            )
-            hidden = hidden + F.linear(self.activation(gate) * up, layer.down, layer.down_bias)
-        return hidden
+        cos, sin = self._rotation(positions[..., None])
 
-    def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.epsilon)
-        return weight * exact.to(hidden.dtype)
+        def attend(layer, fused):
+            queries, keys, values = fused.view(batch, rows, -1, self.head_dim).split(heads, dim=2)
+            cache.write(layer, rotate(keys, cos, sin), values, view)
+            queries = rotate(queries, cos, sin)
+            mixed = tree_attention(queries, cache.keys[layer], cache.values[layer], visible, self.scale)
+            return mixed.reshape(batch, rows, -1)
+
+        return self._run(embeddings, attend)
+
+    def _run(self, hidden: torch.Tensor, attend: Callable, backend: str = "reference") -> torch.Tensor:
+        """All layers; ``attend`` makes of a layer's index and fused product what its output projection reads."""
+        update = None
+        for index, layer in enumerate(self.layers):
+            hidden, normed = add_norm(hidden, update, layer.input_norm, self.epsilon, backend)
+            mixed = attend(index, F.linear(normed, layer.qkv, layer.qkv_bias))
+            update = F.linear(mixed, layer.output, layer.output_bias)
+            hidden, normed = add_norm(hidden, update, layer.post_norm, self.epsilon, backend)
+            opened = gate(F.linear(normed, layer.gate_up, layer.gate_up_bias), self.activation, backend)
+            update = F.linear(opened, layer.down, layer.down_bias)
+        return hidden + update
 
     def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines ``[..., head_dim]`` of positions ``[...]``."""
         angles = positions[..., None].float() * self.inverse_frequencies
-        angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+        angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.rope_scaling, angles.sin() * self.rope_scaling
         return cos.to(self.dtype), sin.to(self.dtype)
 
-
-def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat((-second, first), dim=-1) * sin
+    def _prompt_rotation(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first rows of a table that grows with the longest prompt."""
+        if self._prompt_table is None or len(self._prompt_table[0]) < length:
+            rows = -(-length // ROTATION_ROWS) * ROTATION_ROWS
+            with torch.inference_mode(False):
+                self._prompt_table = self._rotation(torch.arange(rows, device=self.device))
+        cos, sin = self._prompt_table
+        return cos[:length], sin[:length]
 
 
 def check_text_model(config) -> None:

@@ -49,7 +49,8 @@ def extension():
 
 
 @lru_cache(maxsize=1)
-def _triton_version() -> str | None:
+def triton_version() -> str | None:
+    """Version of the triton that imports, or None."""
     try:
         return importlib.import_module("triton").__version__
     except ImportError:
@@ -75,7 +76,7 @@ def _cuda() -> Backend:
 
 
 def _triton() -> Backend:
-    version = _triton_version()
+    version = triton_version()
     if version is None:
         return Backend("triton", False, "triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
