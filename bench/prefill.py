@@ -11,7 +11,9 @@ from bench.report import result_row
 from bench.setup import Setup
 from bench.timing import Timing, elapsed, summary
 from fastspec.decoder import Request, SpeculativeDecoder
+from fastspec.model.transformer import DecodeTransformer
 from fastspec.model.vision import Prompt, encode_images
+from fastspec.ops.causal_attention import flash_choices
 from fastspec.sampling import SamplingParams
 
 TEXT_TOKENS = 64
@@ -19,7 +21,11 @@ TEXT_TOKENS = 64
 
 @torch.no_grad()
 def measure(setup: Setup) -> list[dict]:
-    """Rows ``prefill/<target>/image<n>+text64/<part>``; the floor is that of the products alone."""
+    """Rows ``prefill/<target>/image<n>+text64/<part>``; the floor is that of the products alone.
+
+    The part ``transformer`` takes the attention that fastspec takes. Where a flash-attn runs, ``transformer_flash4``
+    and the like beside ``transformer_sdpa`` tell what each brings.
+    """
     model, transformer = setup.target_model, setup.transformer
     config = model.config
     side, image = config.vision_config.image_size, config.image_seq_length
@@ -44,7 +50,8 @@ def measure(setup: Setup) -> list[dict]:
         "transformer": lambda: transformer.prefill(embeddings, decoder.cache, 0),
         "transformers_eager": transformers,
     }
-    timings = _taking_turns(calls, setup.samples)
+    attentions = _attentions(transformer, calls["transformer"])
+    timings = _taking_turns(calls | attentions, setup.samples)
     rate = product_rate(setup.dtype)
     matrices = [
         module for module in model.model.vision_tower.modules() if isinstance(module, torch.nn.Linear)
@@ -57,6 +64,7 @@ def measure(setup: Setup) -> list[dict]:
         / setup.dtype.itemsize,
     }
     work["first_token"] = sum(work.values())
+    work |= dict.fromkeys(attentions, work["transformer"])
     name = f"prefill/{setup.target}/image{image}+text{TEXT_TOKENS}"
     return [
         *(
@@ -73,6 +81,26 @@ def measure(setup: Setup) -> list[dict]:
         ),
         result_row(f"baseline/{name}/transformers_eager", timings["transformers_eager"], unit="ms"),
     ]
+
+
+def _attentions(transformer: DecodeTransformer, prefill: Callable) -> dict[str, Callable]:
+    """The prefill by each attention, where there is more than PyTorch's."""
+    choices = flash_choices(transformer.device, transformer.dtype, transformer.head_dim)
+    prefill()  # takes out of the choices what does not run
+    usual = list(choices)
+
+    def by(attentions: list) -> Callable:
+        def run() -> None:
+            choices[:] = attentions
+            prefill()
+            choices[:] = usual
+
+        return run
+
+    ways = {flash.name.replace("flash-attn ", "flash"): [flash] for flash in usual}
+    if ways:
+        ways["sdpa"] = []
+    return {f"transformer_{name}": by(attentions) for name, attentions in ways.items()}
 
 
 def _taking_turns(calls: dict[str, Callable], samples: int) -> dict[str, Timing]:

@@ -357,7 +357,7 @@ def shrink_draft(
 
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
-    """Shows versions, GPUs, backends, and why a backend is off."""
+    """Shows versions, GPUs, backends, the attention that reads prompts, and why one is off."""
     from fastspec.info import collect
 
     facts = collect()
@@ -376,10 +376,10 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = F
         )
     if not facts["gpus"]:
         console.print("GPU: none that torch can use")
-    for backend in facts["backends"]:
-        console.print(
-            f"backend {backend['name']:<10}{'on ' if backend['available'] else 'off'}  {backend['reason']}"
-        )
+    for kind, width in (("backend", 10), ("attention", 14)):
+        for one in facts["backends" if kind == "backend" else kind]:
+            state = "on " if one["available"] else "off"
+            console.print(f"{kind} {one['name']:<{width}}{state}  {one['reason']}")
     for warning in facts["warnings"]:
         console.print(f"warning: {warning}")
 

@@ -1,4 +1,4 @@
-"""What this installation can do: versions, GPU, backends and why one is off."""
+"""What this installation can do: versions, GPU, backends, the attention of prompts, and why one is off."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from pathlib import Path
 
 from fastspec.version import __version__
 
-PACKAGES = ("torch", "transformers", "triton", "flash-attn", "flash-attn-4", "numpy", "pillow", "safetensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "numpy",
+    "pillow",
+    "safetensors",
+)
 
 
 def collect() -> dict:
@@ -16,6 +26,7 @@ def collect() -> dict:
     import torch
 
     from fastspec.ops.backends import backends
+    from fastspec.ops.causal_attention import attentions
 
     gpus = []
     if torch.cuda.is_available():
@@ -36,10 +47,8 @@ def collect() -> dict:
         "packages": {name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "gpus": gpus,
-        "backends": [
-            {"name": backend.name, "available": backend.available, "reason": backend.reason}
-            for backend in backends()
-        ],
+        "backends": [backend._asdict() for backend in backends()],
+        "attention": [backend._asdict() for backend in attentions()],
         "warnings": name_clash(),
     }
 

@@ -98,8 +98,9 @@ class SamplingTensors:
         for parameter in fields(SamplingParams):
             getattr(self, parameter.name)[row] = getattr(params, parameter.name)
         self.seed[row] = (seed + 2**63) % 2**64 - 2**63  # any integer, as the 64 bits of the key
-        padded = [*eos_token_ids, *[-1] * (self.MAX_EOS - len(eos_token_ids))]
-        self.eos_token_ids[row] = torch.tensor(padded)
+        self.eos_token_ids[row] = -1
+        for place, token_id in enumerate(eos_token_ids):  # a copy of them all would wait for the device
+            self.eos_token_ids[row, place] = token_id
 
     def fill(self, params: SamplingParams) -> None:
         """Writes the same parameters for every sequence; seeds and ends stay."""

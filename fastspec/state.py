@@ -109,7 +109,14 @@ class DecodeState:
         self.reason[row] = FinishReason.RUNNING
         self.sampling.set(row, params, seed, eos_token_ids)
         self.draft_sampling.set(row, draft_params, seed, eos_token_ids)
-        inside = input_ids[(input_ids >= 0) & (input_ids < self.sampling.vocab_size)]
-        self.sampling.seen[row, inside] = True
-        self.sampling.seen[row, list(padding_ids)] = True
+        seen = self.sampling.seen[row]
+        vocab_size = self.sampling.vocab_size
+        # Ids outside the vocabulary mark an entry that is dropped: to leave them out would wait for the device.
+        inside = (input_ids >= 0) & (input_ids < vocab_size)
+        marks = seen.new_zeros(vocab_size + 1).index_fill_(
+            0, torch.where(inside, input_ids, vocab_size).to(seen.device), True
+        )
+        seen |= marks[:vocab_size]
+        for token_id in padding_ids:
+            seen[token_id] = True
         self.tree_tokens[row, 0] = input_ids[-1]

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.knobs import nvidia
 
-from fastspec.kernels import propose, verify
+from fastspec.kernels import prefill, propose, verify
 
 ARCHITECTURES = (80, 90, 100)
 SAMPLING = {
@@ -64,6 +64,9 @@ PROPOSE = {
     "vocab_size": "i32",
     "row_vocab": "i32",
 }
+ADD_NORM = {"hidden": "*bf16", "update": "*bf16", "weight": "*bf16", "normed": "*bf16", "epsilon": "fp32"}
+ROTATE = {**dict.fromkeys(("fused", "cos", "sin", "keys", "values"), "*bf16"), "capacity": "i32"}
+GATE = {"gate_up": "*bf16", "gated": "*bf16"}
 
 
 class Report(NamedTuple):
@@ -80,7 +83,7 @@ class Kernel(NamedTuple):
     """A kernel in one configuration."""
 
     source: ASTSource
-    num_warps: int
+    options: dict[str, object]
 
 
 def kernels() -> dict[str, Kernel]:
@@ -97,23 +100,52 @@ def kernels() -> dict[str, Kernel]:
     for name, rule in (("sampled", 1), ("ranked", 3)):
         constants = {"RULE": rule, "BLOCK": propose.BLOCK_SIZE}
         found[f"propose/{name}"] = _kernel(propose.propose_kernel, propose.NUM_WARPS, PROPOSE, constants)
+    # The 7B's sizes, and the largest that are supported.
+    for name, size, block, has_update in (
+        ("first_norm", 4096, 4096, False),
+        ("add_norm", 4096, 4096, True),
+        ("add_norm_padded", 5120, 8192, True),
+        ("add_norm_large", 16384, 16384, True),
+    ):
+        constants = {"SIZE": size, "BLOCK": block, "HAS_UPDATE": has_update}
+        warps = prefill.norm_warps(block)
+        found[f"prefill/{name}"] = _kernel(prefill.add_norm_kernel, warps, ADD_NORM, constants)
+    for name, heads, kv_heads, head_dim, pairs in (
+        ("rotate", 32, 32, 128, 64),
+        ("rotate_grouped", 28, 4, 128, 64),
+        ("rotate_padded", 32, 32, 80, 64),
+    ):
+        constants = {
+            "HEADS": heads,
+            "KV_HEADS": kv_heads,
+            "HEAD_DIM": head_dim,
+            "PAIRS": pairs,
+            "BLOCK": prefill.rotation_heads(pairs),
+        }
+        found[f"prefill/{name}"] = _kernel(
+            prefill.rotate_kernel, prefill.NUM_WARPS, ROTATE, constants, enable_fp_fusion=False
+        )
+    constants = {"SIZE": 11008, "BLOCK": prefill.GATE_BLOCK}
+    found["prefill/gate"] = _kernel(prefill.gate_kernel, prefill.NUM_WARPS, GATE, constants)
     return found
 
 
-def _kernel(function, num_warps: int, arguments: dict[str, str], constants: dict[str, object]) -> Kernel:
+def _kernel(
+    function, num_warps: int, arguments: dict[str, str], constants: dict[str, object], **options: object
+) -> Kernel:
     signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
     values = {(function.arg_names.index(name),): value for name, value in constants.items()}
-    return Kernel(ASTSource(fn=function, signature=signature, constexprs=values), num_warps)
+    return Kernel(
+        ASTSource(fn=function, signature=signature, constexprs=values), {"num_warps": num_warps, **options}
+    )
 
 
 def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> list[Report]:
     """Compiles everything and reads the resources from the cubins' metadata."""
     reports = []
     for architecture in architectures:
-        for name, (source, num_warps) in kernels().items():
-            compiled = triton.compile(
-                source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": num_warps}
-            )
+        for name, (source, options) in kernels().items():
+            compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
             registers, spills = _resources(compiled.asm["cubin"])
             reports.append(Report(name, architecture, registers, spills, compiled.metadata.shared))
     return reports

@@ -44,8 +44,33 @@ def drive(plant: str | None) -> None:
                         num_accepted=torch.zeros(0, device="cuda").long()
                     )
                 verifier(case.target_logits, case.tokens, case.sampling, case.positions, case.draft_logits)
+    drive_prefill()
     drive_pass()
     torch.cuda.synchronize()
+
+
+def drive_prefill() -> None:
+    """What stands between the products of a prompt's layers, at even and odd sizes."""
+    import torch
+    from transformers.activations import ACT2FN
+
+    from fastspec.ops.prefill import add_norm, gate, rotate_prompt
+
+    def ones(*shape):
+        return torch.ones(shape, device="cuda", dtype=torch.bfloat16)
+
+    for rows, size, heads, kv_heads, head_dim in (
+        (1, 64, 4, 2, 64),
+        (17, 1030, 7, 1, 128),
+        (5, 96, 4, 4, 80),
+    ):
+        hidden, weight = ones(rows, size), ones(size)
+        add_norm(hidden, None, weight, 1e-5, "triton")
+        add_norm(hidden, ones(rows, size), weight, 1e-5, "triton")
+        gate(ones(rows, 2 * size), ACT2FN["silu"], "triton")
+        fused, tables = ones(rows, (heads + 2 * kv_heads) * head_dim), ones(rows, head_dim)
+        keys, values = (ones(kv_heads, rows, head_dim).transpose(0, 1) for _ in range(2))
+        rotate_prompt(fused, tables, tables, keys, values, "triton")
 
 
 def drive_pass() -> None:

@@ -106,5 +106,5 @@ def test_triton_kernels_compile_without_spills(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     table = [line.split() for line in done.stdout.splitlines()[1:]]
     assert {architecture for _, architecture, *_ in table} == {"80", "90", "100"}
-    assert {name.partition("/")[0] for name, *_ in table} == {"verify", "propose"}
+    assert {name.partition("/")[0] for name, *_ in table} == {"verify", "propose", "prefill"}
     assert all(spills == "0" for *_, spills, _ in table)

@@ -18,8 +18,6 @@ from fastspec.ops.prefill import add_norm, choose_backend, gate, rms_norm, rotat
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-#: The table of a prompt's rotations grows by so many rows.
-ROTATION_ROWS = 1024
 
 
 class DecodeTransformer:
@@ -61,7 +59,6 @@ class DecodeTransformer:
         rope = text_model.rotary_emb
         self.inverse_frequencies = rope.inv_freq.float().to(self.device)
         self.rope_scaling = rope.attention_scaling
-        self._prompt_table: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -103,7 +100,7 @@ class DecodeTransformer:
         if length > cache.capacity:
             raise ValueError(f"a prompt of {length} tokens does not fit a cache of {cache.capacity} rows")
         backend = choose_backend(self.dtype, self.hidden_size, self.device)
-        cos, sin = self._prompt_rotation(length)
+        cos, sin = self._rotation(torch.arange(length, device=self.device))
         keys, values = (
             stored[:, sequence, :, :length].transpose(1, 2).unbind(0) for stored in (cache.keys, cache.values)
         )
@@ -162,15 +159,6 @@ class DecodeTransformer:
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.rope_scaling, angles.sin() * self.rope_scaling
         return cos.to(self.dtype), sin.to(self.dtype)
-
-    def _prompt_rotation(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first rows of a table that grows with the longest prompt."""
-        if self._prompt_table is None or len(self._prompt_table[0]) < length:
-            rows = -(-length // ROTATION_ROWS) * ROTATION_ROWS
-            with torch.inference_mode(False):
-                self._prompt_table = self._rotation(torch.arange(rows, device=self.device))
-        cos, sin = self._prompt_table
-        return cos[:length], sin[:length]
 
 
 def check_text_model(config) -> None:

@@ -20,7 +20,7 @@ class Prompt:
     """One sequence's prompt, without padding.
 
     Attributes:
-        input_ids: ``[T]`` int64, with one placeholder id per image feature.
+        input_ids: ``[T]`` int64, with one placeholder id per image feature; :func:`deal_images` checks that.
         image_token_id: that id.
         images: features ``[T_i, hidden]`` of each image of the prompt, in order.
         pixel_values: the images as the processor made them, for a draft with eyes of its own; one leading
@@ -40,14 +40,20 @@ class Prompt:
     @property
     def text_ids(self) -> torch.Tensor:
         """The prompt without its image placeholders."""
-        return self.input_ids[self.input_ids != self.image_token_id]
+        if not self.images:
+            return self.input_ids
+        # The images tell how many are left, so the host need not wait for the device.
+        count = self.num_tokens - sum(len(features) for features in self.images)
+        places = (self.input_ids != self.image_token_id).nonzero_static(size=count)
+        return self.input_ids[places[:, 0]]
 
     def embeddings(self, transformer) -> torch.Tensor:
         """``[T, hidden]`` of the target: text embedded, features in place of the placeholders."""
         embeddings = transformer.embed(self.input_ids)
         if self.images:
             features = torch.cat(self.images).to(embeddings)
-            embeddings[self.input_ids == self.image_token_id] = features
+            # Assigning to the rows of a mask would make the host wait for the device.
+            embeddings.masked_scatter_((self.input_ids == self.image_token_id)[:, None], features)
         return embeddings
 
 

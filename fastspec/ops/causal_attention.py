@@ -58,13 +58,11 @@ def causal_attention(
         ``[B, T, heads, head_dim]`` in the dtype of the queries.
     """
     if queries.shape[1] >= MIN_TOKENS and environment.backend() != "reference":
-        choices = _choices(queries.device, queries.dtype, queries.shape[-1])
+        choices = flash_choices(queries.device, queries.dtype, queries.shape[-1])
         while choices:
             flash = choices[0]
             try:
-                mixed = _flash_function(flash.module)(
-                    queries, keys, values, softmax_scale=scale, causal=True
-                )
+                mixed = _flash_function(flash.module)(queries, keys, values, softmax_scale=scale, causal=True)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # assertions, compilers' errors, missing kernels: each version its own
@@ -87,6 +85,15 @@ def causal_attention(
     return mixed.transpose(1, 2)
 
 
+@lru_cache
+def flash_choices(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[FlashAttention]:
+    """Those that may know such heads, the most preferred first; what is taken out of the list is not used."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return []
+    capability = _major_capability(device)
+    return [flash for flash in FLASH if capability >= flash.least_capability and _imports(flash.module)]
+
+
 def attentions() -> list[Backend]:
     """All ways to compute a prompt's attention on the current GPU, the most preferred first."""
     found = []
@@ -102,15 +109,6 @@ def attentions() -> list[Backend]:
             reason = f"needs a GPU of compute capability {flash.least_capability}.0 or more"
         found.append(Backend(flash.name, capability >= flash.least_capability, reason))
     return [*found, Backend(SDPA, True, "scaled_dot_product_attention, any device")]
-
-
-@lru_cache
-def _choices(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[FlashAttention]:
-    """Those that may know such heads, the most preferred first; the caller takes out what fails."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return []
-    capability = _major_capability(device)
-    return [flash for flash in FLASH if capability >= flash.least_capability and _imports(flash.module)]
 
 
 def _major_capability(device: torch.device) -> int:

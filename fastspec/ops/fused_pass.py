@@ -6,13 +6,13 @@ import threading
 from functools import lru_cache
 
 import torch
-from transformers.activations import ACT2FN
 
 from fastspec.model.cache import StaticCache
 from fastspec.model.transformer import DecodeTransformer
 from fastspec.model.weights import LayerWeights
 from fastspec.ops.backends import extension
 from fastspec.ops.checks import check_tensor
+from fastspec.ops.prefill import SILU
 from fastspec.ops.verify import LOGIT_TYPES
 
 #: As in csrc/params.h.
@@ -27,7 +27,6 @@ PAIR_TILE = 16
 #: Slots of the ring that a block has on their way from memory at a time. More do not come sooner, but make
 #: everything else that passes through the L2 wait behind them.
 SLOTS_UNDER_WAY = 6
-SILU = type(ACT2FN["silu"])
 
 
 class TooLargeError(ValueError):

@@ -154,6 +154,7 @@ def rotate_prompt(
         PAIRS=pairs,
         BLOCK=block,
         num_warps=NUM_WARPS,
+        enable_fp_fusion=False,  # else a product and the sum are rounded once, not as PyTorch does
     )
     return split[:, :heads]
 
