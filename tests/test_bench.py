@@ -25,6 +25,7 @@ ROWS = {
     "prefill": ("prefill/small/image4+text64/first_token",),
     "cycle": (
         "cycle/small+small/chain5/batch1/ctx24",
+        "baseline/cycle/small+small/chain5/batch1/ctx24",
         "host/small+small/chain5/batch1/ctx24",
         "parts/small+small/chain5/batch1/ctx24/commit",
         "speedup/small+small/chain5/agreement0.75/greedy",
