@@ -39,6 +39,7 @@ def capture(
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
     if keep:
-        graph.instantiate()
+        with torch.cuda.device(device):
+            graph.instantiate()
     _logger.info("captured the %s as a CUDA graph in %.1f s", name, time.perf_counter() - start)
     return graph
