@@ -124,6 +124,7 @@ def test_a_sequence_that_is_stopped_leaves_the_other_alone(pair):
     requests = requests_on(pair[0], 2, SAMPLED, 40)
     expected = texts(decoder, requests)
     assert check_stopping(decoder, requests, expected) == [FinishReason.STOPPED, FinishReason.LENGTH]
+    assert decoder._loop.mailbox.control[1:].tolist() == [1, 0], "a GPU would not hear of the stop in time"
 
 
 def check_stopping(decoder, requests, expected):
