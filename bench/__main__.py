@@ -20,6 +20,7 @@ QUESTIONS = {
     "attention": "attention",
     "prefill": "prefill",
     "cycle": "cycle",
+    "exact": "exact",
 }
 #: What is made of kernels for a GPU alone.
 GPU_ONLY = ("verify", "propose", "all")

@@ -57,6 +57,35 @@ def transformers_pass(
     return call
 
 
+def transformers_cycle(
+    draft: tuple[nn.Module, nn.Module],
+    target: tuple[nn.Module, nn.Module],
+    gamma: int,
+    draft_context: int,
+    context: int,
+    token_ids: torch.Tensor,
+) -> Callable[[], None]:
+    """The passes of a cycle, ``gamma`` of the draft and one of the target, by transformers' modules; nothing else.
+
+    Args:
+        draft, target: text model and output projection of each.
+        gamma: length of the chain.
+        draft_context, context: rows of the caches that are filled.
+        token_ids: ``[1, gamma + 1]``, what the target reads.
+    """
+    rows = gamma + 1
+    mask = torch.ones(rows, rows, dtype=torch.bool, device=token_ids.device).tril()
+    propose = transformers_pass(*draft, draft_context, draft_context + rows, mask[:1, :1])
+    check = transformers_pass(*target, context, context + rows, mask)
+
+    def call() -> None:
+        for step in range(gamma):
+            propose(token_ids[:, step : step + 1])
+        check(token_ids)
+
+    return call
+
+
 def cublas_linears(transformer: DecodeTransformer, rows: int) -> Callable[[], None]:
     """All linear layers of a pass and nothing else, through PyTorch."""
     weights = [matrix for layer in transformer.layers for matrix in linear_weights(layer)]

@@ -8,11 +8,14 @@ from collections.abc import Callable
 
 import torch
 
+from bench.baselines import transformers_cycle
 from bench.report import result_row
 from bench.setup import Setup, kv_bytes
-from bench.timing import Timing, elapsed, interleaved, summary
+from bench.timing import Timing, elapsed, interleaved, summary, time_graph
 from fastspec.decoder import Request, SpeculativeDecoder
 from fastspec.metrics import memory_bound_speedup
+from fastspec.model.vision import text_stack
+from fastspec.runtime import loop_obstacle
 from fastspec.sampling import SamplingParams
 
 GAMMA = 5
@@ -25,7 +28,7 @@ CYCLES, WARM_UP = 12, 3
 
 
 def measure(setup: Setup) -> list[dict]:
-    """Rows ``cycle/``, ``host/``, ``parts/``, ``plain/`` and ``speedup/``; see the functions below."""
+    """Rows ``cycle/``, ``loop/``, ``host/``, ``parts/``, ``plain/`` and ``speedup/``; see the functions below."""
     rows = []
     for batch_size in (1,) if setup.quick else (1, 8):
         rows += _cycle_rows(setup, batch_size)
@@ -33,9 +36,10 @@ def measure(setup: Setup) -> list[dict]:
 
 
 def _cycle_rows(setup: Setup, batch_size: int) -> list[dict]:
-    """A cycle beside its floor, the host's share of it, and its parts timed one by one.
+    """A cycle beside its floor, the same repeated by the device, the host's share, and its parts one by one.
 
-    What the parts do not explain is ``parts/.../gaps``.
+    What the parts do not explain is ``parts/.../gaps``. Beside one sequence stand the passes of transformers' modules
+    in a graph, without anything between them.
     """
     shape = f"batch{batch_size}/ctx{setup.context}"
     decoder = _decoder(setup, TYPICAL, batch_size)
@@ -51,10 +55,15 @@ def _cycle_rows(setup: Setup, batch_size: int) -> list[dict]:
 
     name = f"{setup.pair}/chain{GAMMA}/{shape}"
     total = sum(num_bytes.values())
-    rows = [
-        result_row(
-            f"cycle/{name}", cycle, setup.floor(total), {"plain_token": token}, unit="ms", num_bytes=total
-        ),
+    others, rows = {"plain_token": token}, []
+    if batch_size == 1:
+        others["transformers_graph"] = _transformers_cycle(setup, text)
+        rows.append(result_row(f"baseline/cycle/{name}", others["transformers_graph"], unit="ms"))
+    if _loops(setup):
+        repeated, _ = _time_cycles(setup, _decoder(setup, TYPICAL, batch_size, "loop"))
+        rows.append(result_row(f"loop/{name}", repeated, others={"ahead": cycle}, unit="ms"))
+    rows += [
+        result_row(f"cycle/{name}", cycle, setup.floor(total), others, unit="ms", num_bytes=total),
         result_row(f"host/{name}", host),
         result_row(
             f"plain/{setup.target}/{shape}", token, setup.floor(pass_bytes), unit="ms", num_bytes=pass_bytes
@@ -71,7 +80,10 @@ def _cycle_rows(setup: Setup, batch_size: int) -> list[dict]:
 
 
 def _speedup_rows(setup: Setup) -> list[dict]:
-    """Wall-clock time per token, by acceptance and kind of sampling, beside plain decoding and the MBSU."""
+    """Wall-clock time per token, by acceptance and kind of sampling, beside plain decoding and the MBSU.
+
+    Rows ``loop/`` are the same generations as one launch each, beside cycles launched ahead.
+    """
     sampling = {"greedy": SAMPLING["greedy"]} if setup.quick else SAMPLING
     plain_decoder = _decoder(setup, None)
     plain = {kind: _time_tokens(setup, plain_decoder, params)[0] for kind, params in sampling.items()}
@@ -85,22 +97,27 @@ def _speedup_rows(setup: Setup) -> list[dict]:
         )
         for kind, timing in plain.items()
     ]
+    looped = _decoder(setup, TYPICAL, launch="loop") if _loops(setup) else None
     for agreement in (0.0, TYPICAL, 1.0) if setup.quick else AGREEMENTS:
         decoder = _decoder(setup, agreement)
         for kind, params in sampling.items():
             timing, tau = _time_tokens(setup, decoder, params)
+            name = f"{setup.pair}/chain{GAMMA}/agreement{agreement:g}/{kind}"
             mbsu = memory_bound_speedup(tau, decoder.draft.num_bytes / decoder.target.num_bytes, GAMMA)
             rows.append(
                 result_row(
-                    f"speedup/{setup.pair}/chain{GAMMA}/agreement{agreement:g}/{kind}",
+                    f"speedup/{name}",
                     timing,
-                    others={"plain": plain[kind]},
+                    others={"plain": plain[kind], **(transformers if kind == "greedy" else {})},
                     unit="ms",
                     tau=tau,
                     mbsu=mbsu,
                     share_of_mbsu=plain[kind].median / timing.median / mbsu,
                 )
             )
+            if looped is not None and agreement == TYPICAL:
+                one_launch, _ = _time_tokens(setup, looped, params)
+                rows.append(result_row(f"loop/{name}", one_launch, others={"ahead": timing}, unit="ms"))
     return rows
 
 
@@ -108,7 +125,13 @@ def _new_tokens(setup: Setup) -> int:
     return 1 + (GAMMA + 1) * (CYCLES + WARM_UP) if setup.quick else 256 if setup.target == "llava7b" else 128
 
 
-def _decoder(setup: Setup, agreement: float | None, batch_size: int = 1) -> SpeculativeDecoder:
+def _loops(setup: Setup) -> bool:
+    return setup.device.type == "cuda" and loop_obstacle() is None
+
+
+def _decoder(
+    setup: Setup, agreement: float | None, batch_size: int = 1, launch: str = "ahead"
+) -> SpeculativeDecoder:
     """A decoder with a draft that agrees so much, or plain."""
     return SpeculativeDecoder(
         setup.target_model,
@@ -116,6 +139,7 @@ def _decoder(setup: Setup, agreement: float | None, batch_size: int = 1) -> Spec
         gamma=None if agreement is None else GAMMA,
         batch_size=batch_size,
         capacity=setup.context + _new_tokens(setup),
+        launch=launch,
     )
 
 
@@ -127,7 +151,7 @@ def _requests(setup: Setup, count: int, params: SamplingParams, seed: int = 0) -
 
 
 def _time_cycles(setup: Setup, decoder: SpeculativeDecoder) -> tuple[Timing, Timing]:
-    """Microseconds per cycle, launched ahead of the device, and of the host's work for one.
+    """Microseconds per cycle, launched ahead of the device or in a loop, and of the host's work for one.
 
     Decoding is greedy and starts anew from the same prompt for every sample, so the context stays what it says.
     """
@@ -136,8 +160,11 @@ def _time_cycles(setup: Setup, decoder: SpeculativeDecoder) -> tuple[Timing, Tim
 
     def several() -> None:
         begin = time.perf_counter()
-        for _ in range(CYCLES):
-            decoder.cycle()
+        if decoder.launch == "loop":
+            decoder._loop.launch(CYCLES)
+        else:
+            for _ in range(CYCLES):
+                decoder.cycle()
         host.append((time.perf_counter() - begin) / CYCLES * 1e6)
 
     decoder.capture()
@@ -145,9 +172,16 @@ def _time_cycles(setup: Setup, decoder: SpeculativeDecoder) -> tuple[Timing, Tim
         decoder.prefill(requests)
         for _ in range(WARM_UP):
             decoder.cycle()
-        _wait()
         cycles.append(elapsed(several) / CYCLES)
     return summary(cycles), summary(host)
+
+
+def _transformers_cycle(setup: Setup, text: int) -> Timing:
+    """Microseconds of a cycle's passes by transformers' modules; the draft's context is the text alone."""
+    stacks = text_stack(setup.draft_model(TYPICAL)), text_stack(setup.target_model)
+    call = transformers_cycle(*stacks, GAMMA, text, setup.context, setup.text_ids(GAMMA + 1)[None])
+    with torch.no_grad():
+        return time_graph(call, 2, setup.samples)
 
 
 def _parts(decoder: SpeculativeDecoder) -> dict[str, Callable]:

@@ -88,22 +88,31 @@ def result_row(
     return result | {key: round(value, 3) for key, value in more.items()}
 
 
+def finding_row(name: str, **figures: float | list) -> dict:
+    """One row of results without a time: figures by name, and lists of what was found."""
+    return {"name": name, **figures}
+
+
 _COLUMNS = ("name", "us", "ms", "p10", "p90", "tbs", "share_of_floor", "ratio")
 
 
 def print_table(rows: list[dict]) -> None:
-    """One fixed-width line per row: time, spread, TB/s, share of the floor, ratios and other figures."""
+    """One line per row: time, spread, TB/s, share of the floor, ratios and other figures, those that it has."""
     width = max(len(row["name"]) for row in rows)
     print(f"{'':<{width}} {'time':>9}    {'p10':>9} {'p90':>9} {'TB/s':>6} {'floor':>6}  ratio")
     for row in rows:
         unit = "us" if "us" in row else "ms"
-        rate, share = row.get("tbs"), row.get("share_of_floor")
+        share = row.get("share_of_floor")
         notes = [f"{value:.2f}x {name}" for name, value in row.get("ratio", {}).items()]
-        notes += [f"{name} {value:.3f}" for name, value in row.items() if name not in _COLUMNS]
+        notes += [
+            f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in row.items()
+            if name not in _COLUMNS
+        ]
+        times = [f"{row[column]:.3f}" if column in row else "" for column in (unit, "p10", "p90", "tbs")]
         print(
-            f"{row['name']:<{width}} {row[unit]:>9.3f} {unit} {row['p10']:>9.3f} {row['p90']:>9.3f} "
-            f"{'' if rate is None else format(rate, '.3f'):>6} "
-            f"{'' if share is None else format(share, '.0%'):>6}  {'  '.join(notes)}",
+            f"{row['name']:<{width}} {times[0]:>9} {unit if times[0] else '':<2} {times[1]:>9} {times[2]:>9} "
+            f"{times[3]:>6} {'' if share is None else format(share, '.0%'):>6}  {'  '.join(notes)}",
             flush=True,
         )
 

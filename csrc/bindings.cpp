@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -216,6 +217,45 @@ void run_pass(const fastspec::PassParams& params, std::uintptr_t token_ids, std:
   check(fastspec::run_pass(params, call, pointer<void>(stream)), "fastspec pass kernel");
 }
 
+// Cycles that the device repeats by itself; see fastspec.runtime.loop.
+class Loop {
+ public:
+  Loop(std::uintptr_t cycle, std::uintptr_t report, std::uintptr_t reason, std::uintptr_t turn, std::uintptr_t ring,
+       std::uintptr_t published, std::uintptr_t control, int batch_size, int width, int running, int stopped) {
+    const fastspec::LoopParams params = {.report = pointer<const int64_t>(report),
+                                         .reason = pointer<int64_t>(reason),
+                                         .turn = pointer<int64_t>(turn),
+                                         .ring = pointer<int64_t>(ring),
+                                         .published = pointer<int64_t>(published),
+                                         .control = pointer<int64_t>(control),
+                                         .batch_size = batch_size,
+                                         .width = width,
+                                         .running = running,
+                                         .stopped = stopped};
+    check(fastspec::make_loop(params, pointer<void>(cycle), &loop_), "fastspec loop");
+  }
+  Loop(const Loop&) = delete;
+  ~Loop() { fastspec::destroy_loop(&loop_); }
+
+  void launch(std::uintptr_t stream) const {
+    check(fastspec::launch_loop(loop_, pointer<void>(stream)), "fastspec loop launch");
+  }
+
+ private:
+  fastspec::LoopGraph loop_;
+};
+
+// A number that the device writes; what it wrote before that is visible to who has read it.
+int64_t load(std::uintptr_t address) {
+  return std::atomic_ref<int64_t>(*pointer<int64_t>(address)).load(std::memory_order_acquire);
+}
+
+int driver_version() {
+  int version = 0;
+  check(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+  return version;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -229,6 +269,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("pass_slots", &fastspec::pass_slots);
   m.def("commit", &commit);
   m.def("compact", &compact);
+  py::class_<Loop>(m, "Loop")
+      .def(py::init<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
+                    std::uintptr_t, int, int, int, int>())
+      .def("launch", &Loop::launch);
+  m.def("load", &load);
+  m.def("driver_version", &driver_version);
   m.def("max_verify_group", &fastspec::max_verify_group);
   m.def("max_propose_group", &fastspec::max_propose_group);
   m.attr("architectures") = FASTSPEC_ARCHITECTURES;

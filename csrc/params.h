@@ -125,6 +125,23 @@ struct CompactParams {
   int num_layers, batch_size, num_heads, row_bytes, path_length;
 };
 
+// What the kernel after each cycle of a loop reads and writes (loop.cu). The last three are pinned memory of the host.
+struct LoopParams {
+  const int64_t* report;  // [B, width], of the cycle that has just ended
+  int64_t* reason;        // [B]
+  int64_t* turn;          // cycles since the launch
+  int64_t* ring;          // [most cycles ever, B, width], the report of each cycle
+  int64_t* published;     // how many of them are there
+  int64_t* control;       // [1 + B], read after each cycle: most cycles; for each sequence, whether it shall end
+  int batch_size, width;
+  int running, stopped;  // numbers of fastspec.state.FinishReason
+};
+
+// A graph with a loop in it, and the same ready to launch: cudaGraph_t and cudaGraphExec_t.
+struct LoopGraph {
+  void *graph, *executable;
+};
+
 constexpr int kMaxPassRows = 128;
 constexpr int kMaxPassBatch = 8;
 constexpr int kMaxVisible = 17;  // rows of a pass that one of them sees, itself included
@@ -190,6 +207,12 @@ int propose(const ProposeParams& params, void* stream);
 int run_pass(const PassParams& params, const PassCall& call, void* stream);
 int commit(const CommitParams& params, void* stream);
 int compact(const CompactParams& params, void* stream);
+
+// A graph that repeats the cycle, a cudaGraph_t which is copied, until all sequences have ended or the host wants no
+// more; for CUDA 12.4 and later. Return CUDA error codes; after a failure there is nothing to destroy.
+int make_loop(const LoopParams& params, void* cycle, LoopGraph* loop);
+int launch_loop(const LoopGraph& loop, void* stream);
+void destroy_loop(LoopGraph* loop);
 
 // The most blocks that can work on one sequence (or row) together on the current device; 1 before sm_90.
 int max_verify_group();

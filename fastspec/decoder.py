@@ -16,7 +16,7 @@ from fastspec.model.transformer import DecodeTransformer
 from fastspec.model.vision import MULTIMODAL_MODELS, Prompt, is_multimodal, text_stack
 from fastspec.ops import Verifier
 from fastspec.ops.commit import Committer
-from fastspec.runtime import Reports, asked_memory, capture
+from fastspec.runtime import Loop, Reports, asked_memory, capture, loop_obstacle
 from fastspec.sampling import SamplingParams
 from fastspec.state import REPORT_HEADER, DecodeState, FinishReason
 from fastspec.tree import DraftTree
@@ -27,6 +27,7 @@ MAX_BATCH_SIZE = 8
 DEFAULT_GAMMA = 5
 #: Cycles that a GPU has queued while the host looks at what the ones before committed.
 CYCLES_AHEAD = 2
+LAUNCHES = ("ahead", "loop")
 
 #: Changes target logits ``[B, R, V]`` at tree nodes before they become a law: (state, tree, logits) -> logits.
 LogitsHook = Callable[[DecodeState, DraftTree, torch.Tensor], torch.Tensor]
@@ -87,10 +88,14 @@ class SpeculativeDecoder:
         capacity: most tokens of a sequence, prompt, image and answer together; the target's
             ``max_position_embeddings`` unless given.
         tokenizer, draft_tokenizer: the vocabularies to compare; without them their sizes are.
+        launch: how a GPU gets its cycles. ``"ahead"``: the host launches them one by one, two ahead of what it
+            has read; without a graph it launches their parts. ``"loop"``: one launch for the whole generation,
+            repeated by the device itself; needs the cycle in a graph, the CUDA kernels, and CUDA 12.4.
 
     Raises:
         TypeError: for a target or draft that is no such model.
-        ValueError: for arguments that do not fit together; the message names expected and given.
+        ValueError: for arguments that do not fit together, and for a loop that cannot run here; the message
+            names expected and given, or the reason.
         MemoryError: if the GPU has too little memory free; nothing stays allocated.
     """
 
@@ -106,7 +111,11 @@ class SpeculativeDecoder:
         capacity: int | None = None,
         tokenizer: object = None,
         draft_tokenizer: object = None,
+        launch: str = "ahead",
     ):
+        if launch not in LAUNCHES:
+            raise ValueError(f"launch must be {' or '.join(map(repr, LAUNCHES))}, got {launch!r}")
+        self.launch = launch
         # A copy, so that the buffers of another decoder with the same draft stay its own.
         self.draft = None if draft is None else copy.copy(make_draft(draft))
         self.tree = resolve_tree(self.draft, gamma, tree)
@@ -141,12 +150,14 @@ class SpeculativeDecoder:
         self._commit = Committer(self.state, self.cache)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_results: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._loop: Loop | None = None
         self._stopped: set[int] = set()
         #: A hook needs the host in every cycle, which then runs uncaptured.
         self.logits_hook: LogitsHook | None = None
         #: Raw target logits of the last pass ``[B, R, V]``, and the nodes of the path it committed.
         self.last_logits: torch.Tensor | None = None
         self.last_path: torch.Tensor | None = None
+        self._check_launch()
 
     @torch.no_grad()
     def prefill(self, requests: Sequence[Request]) -> None:
@@ -157,6 +168,8 @@ class SpeculativeDecoder:
         """
         self._check_requests(requests)
         self._reports.clear()
+        if self._loop is not None:
+            self._loop.end()
         self._stopped.clear()
         self.state.clear()
         first_logits = self.target.lm_head.new_zeros(self.batch_size, 1, self.target.vocab_size)
@@ -181,21 +194,37 @@ class SpeculativeDecoder:
     @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold the cycle: on a GPU, with kernels for its rule, and no hook."""
-        return (
-            self.target.device.type == "cuda"
-            and self.logits_hook is None
-            and self._verifier.backend != "reference"
-            and (self.draft is None or self.draft.capturable)
-        )
+        return self._obstacle() is None
+
+    def _obstacle(self) -> str | None:
+        """What keeps the cycle out of a CUDA graph; None if nothing does."""
+        if self.target.device.type != "cuda":
+            return f"the target is on {self.target.device}, not on a GPU"
+        if self.logits_hook is not None:
+            return "a logits hook needs the host in every cycle"
+        if self._verifier.backend == "reference":
+            return f"verification by {self.rule.value!r} runs as the reference here, not as a kernel"
+        if self.draft is not None and not self.draft.capturable:
+            return f"{type(self.draft).__name__} cannot propose without the host here"
+        return None
+
+    def _check_launch(self) -> None:
+        """Raises ValueError, saying why, if cycles cannot be launched as asked for."""
+        reason = (self._obstacle() or loop_obstacle()) if self.launch == "loop" else None
+        if reason is not None:
+            raise ValueError(f"launch='loop' cannot run here: {reason}")
 
     @torch.no_grad()
     def capture(self) -> None:
         """Captures the cycle as a CUDA graph, if that is possible and has not been done; ends all sequences."""
         if self._graph is None and self.capturable:
             self.state.clear()  # the cycles of finished sequences change nothing
+            looped = self.launch == "loop"
             with asked_memory(self.target.device), torch.inference_mode(False):
-                self._graph = capture(self._cycle, self.target.device)
-            self._graph_results = self.last_logits, self.last_path
+                graph = capture(self._cycle, self.target.device, keep=looped)
+                if looped:
+                    self._loop = Loop(graph, self.state, self.capacity)
+            self._graph, self._graph_results = graph, (self.last_logits, self.last_path)
 
     def cycle(self) -> None:
         """One cycle for all sequences: a straight line on the device, with no decision of the host's."""
@@ -231,6 +260,8 @@ class SpeculativeDecoder:
         """Ends a sequence from the host; cycles that are under way may still commit to it."""
         self._stopped.add(row)
         self.state.reason[row] = FinishReason.STOPPED
+        if self._loop is not None:
+            self._loop.stop(row)  # the line above waits for the loop to end
 
     def stream(self, requests: Sequence[Request], ahead: int = CYCLES_AHEAD) -> Iterator[Commitment]:
         """Generates, yielding what the prefill and each cycle committed until all sequences are finished.
@@ -240,13 +271,17 @@ class SpeculativeDecoder:
         Args:
             requests: the sequences, at most ``batch_size``.
             ahead: most cycles queued on a GPU at a time, 1 or 2. With 1, ``last_logits`` and ``last_path`` belong
-                to the commitment that was yielded last.
+                to the commitment that was yielded last. A loop runs as far ahead as it likes and takes no other
+                number.
 
         Raises:
-            ValueError: for another number of cycles, and as :meth:`prefill` does.
+            ValueError: for another number of cycles, for a logits hook in a loop, and as :meth:`prefill` does.
         """
         if ahead not in range(1, CYCLES_AHEAD + 1):
             raise ValueError(f"ahead must be 1 to {CYCLES_AHEAD}, got {ahead!r}")
+        if self.launch == "loop" and ahead != CYCLES_AHEAD:
+            raise ValueError(f"launch='loop' runs ahead of the host as far as it can, got ahead={ahead}")
+        self._check_launch()
         self.capture()
         self.prefill(requests)
         commitment = self.poll()
@@ -254,25 +289,37 @@ class SpeculativeDecoder:
         if self._graph is None or self.logits_hook is not None:
             ahead = 1
         room = [request.max_new_tokens for request in requests]
-        while True:
-            for row, tokens in enumerate(commitment.tokens[: len(room)]):
-                room[row] -= len(tokens)
-                if row in self._stopped or commitment.reasons[row] != FinishReason.RUNNING:
-                    room[row] = 0
-            if not any(room):
-                return
-            # A cycle commits at least one token to each running sequence: more cycles than the longest has room
-            # for cannot be needed.
-            while len(self._reports) < min(ahead, max(room)):
-                self.cycle()
-                self._reports.push()
-            commitment = read_report(self._reports.pop())
-            yield commitment
+        looping = False
+        try:
+            while True:
+                for row, tokens in enumerate(commitment.tokens[: len(room)]):
+                    room[row] -= len(tokens)
+                    if row in self._stopped or commitment.reasons[row] != FinishReason.RUNNING:
+                        room[row] = 0
+                if not any(room):
+                    return
+                # A cycle commits at least one token to each running sequence: more cycles than the longest has
+                # room for cannot be needed.
+                if self.launch == "loop":
+                    if not looping:
+                        self._loop.launch(max(room))
+                        looping = True
+                    commitment = read_report(self._loop.pop())
+                else:
+                    while len(self._reports) < min(ahead, max(room)):
+                        self.cycle()
+                        self._reports.push()
+                    commitment = read_report(self._reports.pop())
+                yield commitment
+        finally:
+            if looping:
+                self._loop.end()
 
     def record(self, num_requests: int | None = None) -> SpeculationRecord:
         """Statistics of the generation so far.
 
-        Cycles that a GPU had queued when the host stopped a sequence count, though nobody saw their tokens.
+        Cycles that a GPU had queued when the host stopped a sequence count, though nobody saw their tokens. While
+        a loop runs, this waits for its end.
         """
         rows = slice(0, num_requests)
         return SpeculationRecord(

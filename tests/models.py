@@ -1,4 +1,4 @@
-"""Tiny random models for tests that need shapes and laws rather than sense."""
+"""Tiny random models for tests that need shapes and laws rather than sense, and requests to them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+
+from fastspec.decoder import Request
+from fastspec.generation import make_prompts
 
 IMAGE_TOKEN_ID = 3
 IMAGE_SIZE = 16
@@ -122,3 +125,31 @@ def left_padded(rows: list[torch.Tensor], pad_token_id: int = 0) -> dict:
         [torch.nn.functional.pad(torch.ones_like(row), (length - len(row), 0)) for row in rows]
     )
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def gpu_pair(dtype=torch.float32):
+    """A pair that PyTorch's operations run, or in bfloat16 one that the fused pass runs."""
+    if dtype == torch.float32:
+        return tiny_llava().to("cuda"), tiny_llama().to("cuda")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512}
+    target = tiny_llava(hidden_size=256, **heads).to("cuda", dtype)
+    return target, tiny_llama(hidden_size=256, **heads).to("cuda", dtype)
+
+
+def requests_on(target, batch, params, tokens=20, first_seed=0):
+    """Requests of so many tokens about random pictures, a seed for each."""
+    inputs = {name: tensor.to(target.device) for name, tensor in picture_inputs(batch).items()}
+    prompts = make_prompts(target, inputs["input_ids"], [0] * batch, inputs)
+    return [
+        Request(prompt, tokens, params, seed=first_seed + row, eos_token_ids=(2,))
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def texts(decoder, requests, **kwargs):
+    """What a decoder answers."""
+    answers = [[] for _ in requests]
+    for commitment in decoder.stream(requests, **kwargs):
+        for answer, tokens in zip(answers, commitment.tokens, strict=False):
+            answer += tokens
+    return answers

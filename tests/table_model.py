@@ -55,13 +55,18 @@ class TableDraft(TextDraft):
 
 
 def table_decoder(
-    target: torch.Tensor, draft: torch.Tensor | None, tree: DraftTree, rule: Rule, batch_size: int
+    target: torch.Tensor,
+    draft: torch.Tensor | None,
+    tree: DraftTree,
+    rule: Rule,
+    batch_size: int,
+    launch: str = "ahead",
 ) -> SpeculativeDecoder:
     """A SpeculativeDecoder over tables, for any batch size."""
     self = SpeculativeDecoder.__new__(SpeculativeDecoder)
     self.target = TableTransformer(target)
     self.draft = None if draft is None else TableDraft(draft)
-    self.tree, self.rule = tree, rule
+    self.tree, self.rule, self.launch = tree, rule, launch
     self._allocate(batch_size, len(target))
     return self
 

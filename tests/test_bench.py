@@ -9,12 +9,15 @@ import torch
 from bench.__main__ import main
 from bench.baselines import transformers_pass
 from bench.engine import make_pass
+from bench.exact import Answer, answers, compare, fingerprint, make_requests, margin_over
 from bench.planted import planted_law, planted_target
-from bench.report import result_row
+from bench.report import print_table, result_row
+from bench.setup import Setup
 from bench.timing import Timing, in_turn, summary
-from fastspec import DraftTree
+from fastspec import DraftTree, SpeculativeDecoder
 from fastspec.model.transformer import DecodeTransformer
 from fastspec.model.vision import text_stack
+from fastspec.sampling import SamplingParams
 
 HEADER = {"gpu", "driver", "cuda", "torch", "triton", "commit", "clocks", "read_bandwidth_tbs"}
 ROWS = {
@@ -25,9 +28,15 @@ ROWS = {
     "prefill": ("prefill/small/image4+text64/first_token",),
     "cycle": (
         "cycle/small+small/chain5/batch1/ctx24",
+        "baseline/cycle/small+small/chain5/batch1/ctx24",
         "host/small+small/chain5/batch1/ctx24",
         "parts/small+small/chain5/batch1/ctx24/commit",
         "speedup/small+small/chain5/agreement0.75/greedy",
+    ),
+    "exact": (
+        "exact/small+small/greedy/chain5/batch8",
+        "exact/small+small/greedy/tree16/batch1",
+        "exact/small+small/invariant/tree16/batch8",
     ),
 }
 
@@ -43,6 +52,14 @@ def test_results_of_each_question(question, tmp_path):
     rows = {row["name"]: row for row in results["rows"]}
     assert len(rows) == len(results["rows"])
     assert set(ROWS[question]) <= set(rows)
+    if question == "exact":
+        for row in rows.values():
+            assert row["equal_prompts"] == row["prompts"] >= 2
+            assert row["equal_tokens"] == row["tokens"] == 24 * row["prompts"]
+            assert row["divergences"] == []
+            if torch.cuda.is_available():  # where the fused pass gives every row of logits its own bits
+                assert row["equal_logits"] == row["tokens"]
+        return
     for name, row in rows.items():
         assert ("us" in row) != ("ms" in row)
         if not name.endswith("/gaps"):
@@ -77,6 +94,57 @@ def test_the_engine_and_its_baseline_do_the_same_work(tree):
         torch.testing.assert_close(theirs(tokens), logits, rtol=1e-4, atol=1e-4)
     last = ours(tokens, torch.tensor([0]), torch.tensor([tree.num_nodes - 1]))
     torch.testing.assert_close(last[0, 0], logits[0, -1])
+
+
+def test_answers_that_part():
+    plain = [Answer([1, 2, 3], [10, 20, 30]), Answer([4, 5], [40, 50]), Answer([6], [60])]
+    other = [Answer([1, 2, 3], [10, 21, 30]), Answer([4, 7], [40, 50]), Answer([8], [60])]
+    asked = []
+
+    def margin(*arguments):
+        asked.append(arguments)
+        return 0.25
+
+    assert compare(plain, other, margin) == {
+        "prompts": 3,
+        "equal_prompts": 1,
+        "tokens": 6,
+        "equal_tokens": 4,
+        "equal_logits": 3,
+        "divergences": [
+            {"prompt": 1, "position": 1, "margin": 0.25},
+            {"prompt": 2, "position": 0, "margin": 0.25},
+        ],
+    }
+    assert asked == [(1, 1, 7), (2, 0, 8)]
+
+
+def test_numbers_tell_bits_apart():
+    logits = torch.randn(2, 3, 40)
+    other = logits.clone()
+    other[1, 2, 7] = other[1, 2, 7].nextafter(torch.tensor(9.0))
+    assert (fingerprint(logits) != fingerprint(other)).nonzero().tolist() == [[1, 2]]
+
+
+def test_the_margin_is_that_of_the_token_said():
+    setup = Setup(1.0, target="small")
+    (request,) = make_requests(setup, 1, 6, SamplingParams(temperature=0.0))
+    plain = SpeculativeDecoder(setup.target_model, None, capacity=80)
+    (answer,) = answers(plain, [request])
+    assert len(answer.tokens) == len(answer.logits) == 6
+    for position, token in enumerate(answer.tokens):
+        assert margin_over(plain, request, position, token) == 0
+        # The likeliest successor has at least twice the mass of any other.
+        assert margin_over(plain, request, position, 0) > math.log(2) - 0.1
+
+
+def test_a_table_has_rows_with_and_without_times(capsys):
+    print_table(
+        [result_row("a/b", Timing(1.0, 1.0, 1.0), tau=2.5), {"name": "c", "prompts": 3, "found": [1]}]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["a/b", "1.000", "us", "1.000", "1.000", "tau", "2.500"]
+    assert lines[2].split() == ["c", "prompts", "3", "found", "[1]"]
 
 
 def test_a_row():

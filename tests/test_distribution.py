@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from models import texts
 from table_model import sample_tokens, table_decoder
 
 from fastspec import DraftTree, philox
+from fastspec.decoder import Request
 from fastspec.draft import TextDraft
+from fastspec.model.vision import Prompt
 from fastspec.sampling import SamplingParams, SamplingTensors
 from fastspec.verification import Rule
 
 POSITIONS, TOKENS = 8, 3
+BATCH_SIZE = 8
 CHAIN, TREE = DraftTree.chain(2), DraftTree.kary((3, 2))
 
 
@@ -118,6 +122,83 @@ def test_warped_laws(rule, tree, params, exhaustive):
 def test_wider_vocabularies(vocab_size):
     target, draft = tables(vocab_size, "unrelated")
     check(target, draft, CHAIN, Rule.BLOCK, SamplingParams(), 1_000_000)
+
+
+# Through the stream: prefill, captured cycles launched ahead or in a loop, tokens as the host reads them.
+
+
+def periodic(table, length):
+    """A law ``[length, V, V]`` that repeats that of the first three positions."""
+    return table[:TOKENS].repeat(-(-length // TOKENS), 1, 1)[:length].contiguous()
+
+
+def streamed_law(target, draft, tree, rule, params, trials, length, launch="ahead"):
+    """Counts of three successive tokens, from answers that begin anew every three tokens.
+
+    The law of every third token does not look at the token before it, so each answer of ``length - 1`` tokens is a
+    sequence of independent trials of the law of the first three, wherever in them the cycles begin and end. A million
+    trials so need some hundred prefills, and nothing has to be put back between replays.
+    """
+    vocab_size = target.shape[-1]
+    forgetful = target.clone()
+    forgetful[0] = target[0, 0]
+    decoder = table_decoder(
+        periodic(forgetful, length), periodic(draft, length), tree, rule, BATCH_SIZE, launch
+    )
+    prompt = Prompt(torch.zeros(1, dtype=torch.int64, device=target.device))
+    new = (length - 1) // TOKENS * TOKENS
+    weights = vocab_size ** torch.arange(TOKENS - 1, -1, -1)
+    counts = torch.zeros(vocab_size**TOKENS, dtype=torch.int64)
+    seed = 0
+    while counts.sum() < trials:
+        requests = [Request(prompt, new, params, seed=seed + row) for row in range(BATCH_SIZE)]
+        tokens = torch.tensor(texts(decoder, requests)).view(-1, TOKENS)
+        counts += torch.bincount((tokens * weights).sum(1), minlength=len(counts))
+        seed += BATCH_SIZE
+    if target.is_cuda:
+        assert decoder._graph is not None
+        assert (decoder._loop is not None) == (launch == "loop")
+    return counts.view([vocab_size] * TOKENS)
+
+
+def check_stream(target, draft, tree, rule, params, trials, length, launch="ahead"):
+    counts = streamed_law(target, draft, tree, rule, params, trials, length, launch)
+    statistic, freedom = chi_squared(counts, joint_law(target, params))
+    assert statistic < freedom + 10 * (2 * freedom) ** 0.5, (statistic, freedom)
+
+
+@pytest.mark.parametrize(("rule", "tree"), [(Rule.BLOCK, CHAIN), (Rule.RECURSIVE_REJECTION, TREE)])
+def test_the_stream_samples_the_target(rule, tree):
+    target, draft = tables(4, "unrelated")
+    check_stream(target, draft, tree, rule, SamplingParams(), 2_400, length=301)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rule", "tree", "kind", "launch"),
+    [
+        (Rule.BLOCK, CHAIN, "close", "ahead"),
+        (Rule.RECURSIVE_REJECTION, TREE, "unrelated", "ahead"),
+        (Rule.BLOCK, CHAIN, "missing", "loop"),
+    ],
+)
+def test_a_million_trials_through_captured_cycles(rule, tree, kind, launch):
+    target, draft = tables(8, kind)
+    check_stream(target.cuda(), draft.cuda(), tree, rule, SamplingParams(), 1_000_000, 4096, launch)
+
+
+@pytest.mark.gpu
+def test_captured_cycles_fail_the_test_when_misled(monkeypatch):
+    honest = TextDraft.propose
+
+    def tampered(self, state):
+        honest(self, state)
+        state.draft_logits.mul_(0.5)  # the law at another temperature than the one drawn from
+
+    monkeypatch.setattr(TextDraft, "propose", tampered)
+    target, draft = tables(8, "unrelated")
+    with pytest.raises(AssertionError):
+        check_stream(target.cuda(), draft.cuda(), CHAIN, Rule.BLOCK, SamplingParams(), 200_000, 4096)
 
 
 # Planted mistakes that only the running system can show.

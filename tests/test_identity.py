@@ -1,8 +1,10 @@
-"""Greedy speculative decoding says token for token what plain decoding and transformers say, in single precision."""
+"""Speculative decoding says token for token what plain decoding says, and greedily what transformers says."""
+
+from dataclasses import replace
 
 import pytest
 import torch
-from models import left_padded, sharpen, tiny_llama
+from models import left_padded, sharpen, texts, tiny_llama
 from transformers import (
     CLIPVisionConfig,
     InternVLConfig,
@@ -26,10 +28,13 @@ from transformers import (
 )
 
 import fastspec
+from bench import exact
+from bench.setup import Setup
 from fastspec import DraftTree, SpeculativeDecoder, miniature
 from fastspec.decoder import Request
 from fastspec.generation import make_prompts
 from fastspec.sampling import SamplingParams
+from fastspec.verification import Rule
 
 needs_weights = pytest.mark.skipif(
     not (miniature.WEIGHTS / "target" / "model.safetensors").is_file(), reason="no trained weights"
@@ -99,6 +104,79 @@ def test_plain_decoding_is_the_same_cycle(models, batches, exhaustive):
             said = row[inputs["input_ids"].shape[1] :].tolist()
             assert answer == said[: len(answer)]
             assert len(answer) == new or answer[-1] == 2
+
+
+# On the GPU in bfloat16, where a captured cycle runs the fused pass.
+
+NUM_PROMPTS, NUM_TOKENS, CAPACITY = 104, 128, 512
+
+
+@pytest.fixture(scope="module")
+def target_on_gpu():
+    return miniature.load_target(torch.bfloat16, "cuda")
+
+
+@pytest.fixture(scope="module")
+def prompts_on_gpu(target_on_gpu):
+    """Prompts about held-out pictures of all tasks, their features made once for all decoders."""
+    processor = miniature.load_processor()
+    prompts = []
+    for image, text in miniature.prompts(NUM_PROMPTS):
+        inputs = processor(images=image, text=text, return_tensors="pt").to("cuda", torch.bfloat16)
+        prompts += make_prompts(target_on_gpu, inputs["input_ids"], [0], dict(inputs))
+    return prompts
+
+
+@pytest.mark.gpu
+@needs_weights
+def test_greedy_text_of_the_miniature_is_bit_for_bit_that_of_plain_decoding(target_on_gpu, prompts_on_gpu):
+    """Raw logits included, whatever tree and batch."""
+    draft = miniature.load_draft("ft", torch.bfloat16, "cuda")
+    params = SamplingParams(temperature=0.0)
+    requests = [Request(prompt, NUM_TOKENS, params, eos_token_ids=(2,)) for prompt in prompts_on_gpu]
+    expected = exact.answers(SpeculativeDecoder(target_on_gpu, None, capacity=CAPACITY), requests)
+    for batch_size in (1, 8):
+        sizes = {"batch_size": batch_size, "capacity": CAPACITY}
+        assert exact.answers(SpeculativeDecoder(target_on_gpu, None, **sizes), requests) == expected
+        for tree in exact.TREES.values():
+            decoder = SpeculativeDecoder(target_on_gpu, draft, tree=tree, **sizes)
+            assert exact.answers(decoder, requests) == expected
+            assert decoder._graph is not None
+            assert sum(decoder.record().accepted[0][1:]) > 0, "nothing was accepted, so nothing was tested"
+
+
+@pytest.mark.gpu
+@needs_weights
+def test_drafter_invariant_text_depends_on_no_draft_and_no_tree(target_on_gpu, prompts_on_gpu):
+    params = SamplingParams(temperature=1.0, top_p=0.95)
+    requests = [
+        Request(prompt, NUM_TOKENS, params, seed=seed, eos_token_ids=(2,))
+        for seed, prompt in enumerate(prompts_on_gpu[:24])
+    ]
+    sizes = {"rule": Rule.DRAFTER_INVARIANT, "capacity": CAPACITY}
+
+    def say(decoder, step):
+        return [text for n in range(0, 24, step) for text in texts(decoder, requests[n : n + step])]
+
+    expected = say(SpeculativeDecoder(target_on_gpu, None, **sizes), 1)
+    for name in miniature.DRAFTS:
+        draft = miniature.load_draft(name, torch.bfloat16, "cuda")
+        for tree in (DraftTree.chain(3), *exact.TREES.values()):
+            for batch_size in (1, 8):
+                decoder = SpeculativeDecoder(target_on_gpu, draft, tree=tree, batch_size=batch_size, **sizes)
+                assert say(decoder, batch_size) == expected, (name, tree, batch_size)
+    reseeded = [replace(request, seed=request.seed + 1000) for request in requests[:1]]
+    assert texts(SpeculativeDecoder(target_on_gpu, None, **sizes), reseeded) != expected[:1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", ["small", pytest.param("llava7b", marks=pytest.mark.slow)])
+def test_planted_models_of_given_shapes_say_what_plain_decoding_says(target):
+    """104 prompts of 128 tokens; ``python -m bench exact`` writes down the same for LLaVA-1.5-7B."""
+    for row in exact.measure(Setup(read_bandwidth=1.0, target=target)):
+        assert row["divergences"] == [], row
+        assert row["equal_prompts"] == row["prompts"], row
+        assert row["equal_logits"] == row["equal_tokens"] == row["tokens"] == 128 * row["prompts"], row
 
 
 # The other LLaVA-shaped families

@@ -6,12 +6,11 @@ import weakref
 
 import pytest
 import torch
-from models import noisy_clone, picture_inputs, tiny_llama, tiny_llava
+from models import gpu_pair, noisy_clone, picture_inputs, requests_on, texts, tiny_llama, tiny_llava
 
 import fastspec
 from fastspec import DraftTree, Rule, SpeculativeDecoder, generation
-from fastspec.decoder import Request, read_report
-from fastspec.generation import make_prompts
+from fastspec.decoder import read_report
 from fastspec.ops import Verifier
 from fastspec.runtime import Reports, asked_memory
 from fastspec.sampling import SamplingParams
@@ -223,32 +222,6 @@ def test_reports_come_in_order():
 
 
 # On the GPU.
-
-
-def gpu_pair(dtype=torch.float32):
-    """A pair that PyTorch's operations run, or in bfloat16 one that the fused pass runs."""
-    if dtype == torch.float32:
-        return tiny_llava().to("cuda"), tiny_llama().to("cuda")
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512}
-    target = tiny_llava(hidden_size=256, **heads).to("cuda", dtype)
-    return target, tiny_llama(hidden_size=256, **heads).to("cuda", dtype)
-
-
-def requests_on(target, batch, params, tokens=20, first_seed=0):
-    inputs = {name: tensor.to(target.device) for name, tensor in picture_inputs(batch).items()}
-    prompts = make_prompts(target, inputs["input_ids"], [0] * batch, inputs)
-    return [
-        Request(prompt, tokens, params, seed=first_seed + row, eos_token_ids=(2,))
-        for row, prompt in enumerate(prompts)
-    ]
-
-
-def texts(decoder, requests, **kwargs):
-    answers = [[] for _ in requests]
-    for commitment in decoder.stream(requests, **kwargs):
-        for answer, tokens in zip(answers, commitment.tokens, strict=False):
-            answer += tokens
-    return answers
 
 
 @gpu

@@ -12,7 +12,7 @@ _logger = logging.getLogger("fastspec")
 
 
 def capture(
-    work: Callable[[], None], device: torch.device, name: str = "decoding cycle"
+    work: Callable[[], None], device: torch.device, name: str = "decoding cycle", keep: bool = False
 ) -> torch.cuda.CUDAGraph:
     """Captures a straight line of device work.
 
@@ -23,6 +23,7 @@ def capture(
         work: launches it on the current stream, without any decision of the host's.
         device: where.
         name: what the log calls it.
+        keep: keeps the graph itself too, so that it can become part of another.
 
     Returns:
         A graph whose ``replay()`` runs the work on the stream that is current then.
@@ -33,9 +34,12 @@ def capture(
     with torch.cuda.stream(stream):
         work()
     torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=keep)
     # Other threads may go on using the device while this one captures.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
+    if keep:
+        with torch.cuda.device(device):
+            graph.instantiate()
     _logger.info("captured the %s as a CUDA graph in %.1f s", name, time.perf_counter() - start)
     return graph
