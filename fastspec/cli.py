@@ -158,6 +158,9 @@ def evaluate(
     out: Annotated[
         Path, typer.Option(help="folder of the results; an interrupted run continues there")
     ] = Path("fastspec-evaluation"),
+    skip_bad_lines: Annotated[
+        bool, typer.Option(help="count task lines that cannot be asked and go on")
+    ] = False,
 ) -> None:
     """Measures drafts on tasks: block efficiency, acceptance, speed beside plain decoding."""
     from fastspec import evaluation
@@ -180,6 +183,7 @@ def evaluate(
         dtype=dtype,
         device=_device(device),
         out=out,
+        skip_bad_lines=skip_bad_lines,
     )
     results = evaluation.evaluate(asked, Console(stderr=True, highlight=False))
     report(results, out, Console(highlight=False))

@@ -15,7 +15,7 @@ from fastspec import DraftTree, miniature
 from fastspec.draft import CompactDraft, CompactLlamaForCausalLM, make_draft
 from fastspec.draft.int8 import Int8Linear, Int8Weight, round_to_int8
 from fastspec.evaluation import fingerprint
-from fastspec.training.lines import BadLines, DataError
+from fastspec.lines import BadLines, DataError
 from fastspec.training.losses import expected_acceptance
 from fastspec.training.shrink import count_tokens, most_frequent
 from fastspec.verification import Rule
@@ -231,7 +231,7 @@ def test_the_command(run, answers, tmp_path):
         ((*asked, "--vocabulary", 20), "--vocabulary and --answers belong together"),
         ((*asked, "--vocabulary", 1, "--answers", answers), "--vocabulary must be 2 to 1024"),
         ((*asked, "--weights", "int4"), "weights must be int8 or full, got 'int4'"),
-        ((*asked, "--vocabulary", 20, "--answers", "no.jsonl"), "data file not found: no.jsonl"),
+        ((*asked, "--vocabulary", 20, "--answers", "no.jsonl"), "file not found: no.jsonl"),
         (("shrink-draft", "--draft", "ngram", "--out", out, "--weights", "int8"), "'ngram' has no weights"),
         (("shrink-draft", "--draft", out, "--out", out, "--weights", "int8"), "only a text-only LLaMA draft can"),
     ):  # fmt: skip

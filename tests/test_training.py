@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, LlavaForConditionalGen
 
 import fastspec
 from fastspec import miniature
+from fastspec.lines import BadLines, DataError, Line
 from fastspec.training import meter as training_meter
 from fastspec.training import train as training_module
 from fastspec.training.answers import AnswerFile
@@ -27,7 +28,6 @@ from fastspec.training.checkpoints import last_good_checkpoint
 from fastspec.training.datasets import ChatRows, TextBlocks, shorten
 from fastspec.training.distill import Distillation, Question, distill
 from fastspec.training.history import History
-from fastspec.training.lines import BadLines, DataError, Line
 from fastspec.training.losses import LOSSES, expected_acceptance
 from fastspec.training.shrink import Shrinking, shrink
 from fastspec.training.sizes import parse_size
@@ -294,7 +294,7 @@ QUESTION, ANSWER = ("human", "What?"), ("gpt", "A disc.")
         ("{", "not JSON"),
         ("", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("3", "expected a JSON object, got int"),
+        ("3", "expected a JSON object, got 3"),
         ("{}", "no 'conversations', or an empty list"),
         ('{"conversations": [7]}', r"conversations\[0\] is not an object"),
         (chat(("dog", "woof")), "must be one of system, human, gpt, got 'dog'"),
@@ -725,7 +725,7 @@ def test_sizes():
         ({"image_pooling": 2}, ValueError, "--image-pooling is for a new image adapter"),
         ({"image_adapter": True, "image_pooling": 5}, ValueError, "144 image features cannot be pooled by 5 x 5"),
         ({"resume": True}, ValueError, "nothing to resume: no complete checkpoint"),
-        ({"data": (Path("none.jsonl"),)}, ValueError, r"data file not found: none\.jsonl"),
+        ({"data": (Path("none.jsonl"),)}, ValueError, r"file not found: none\.jsonl"),
         ({"max_length": 8}, DataError, r"line \d+: its first 8 tokens"),
         ({"images": None}, DataError, r"answers\.jsonl, line 1: no image '0\.png'"),
     ],

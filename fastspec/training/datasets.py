@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fastspec.images import load_image
+from fastspec.lines import BadLines, DataError, Line, decode_line, read_lines
 from fastspec.training.chats import missing_image, parse_chat
-from fastspec.training.lines import BadLines, DataError, Line, decode_line, read_lines
 from fastspec.training.template import Example, encode_chat
 
 #: An example with its pictures, where they are needed.
@@ -117,11 +117,9 @@ class ChatRows(Dataset):
     def _parse(self, line: Line):
         chat = parse_chat(line)
         if self._distilled and chat.turns[-1].token_ids is None:
-            raise DataError(
-                line.path, line.number, "the answer has no 'token_ids'; fastspec distill-data writes them"
-            )
+            raise line.error("the answer has no 'token_ids'; fastspec distill-data writes them")
         if self._with_images and (missing := missing_image(self._folder(line), chat)):
-            raise DataError(line.path, line.number, f"no image {missing!r} in {self._folder(line)}")
+            raise line.error(f"no image {missing!r} in {self._folder(line)}")
         return chat
 
     def _encode(self, line: Line) -> Item:
@@ -135,7 +133,7 @@ class ChatRows(Dataset):
         except DataError:
             raise
         except ValueError as error:
-            raise DataError(line.path, line.number, str(error)) from None
+            raise line.error(str(error)) from None
 
 
 def shorten(example: Example, placeholder: int, length: int) -> Example:

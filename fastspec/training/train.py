@@ -12,12 +12,12 @@ import torch
 from torch.utils.data import Dataset, Subset
 from transformers import TrainingArguments, set_seed
 
+from fastspec.lines import BadLines
 from fastspec.miniature.models import count_parameters, replace_folder
 from fastspec.training.batches import Collator
 from fastspec.training.checkpoints import last_good_checkpoint, remove_torn_checkpoints
 from fastspec.training.datasets import ChatRows, TextBlocks
 from fastspec.training.history import History
-from fastspec.training.lines import BadLines
 from fastspec.training.losses import find_loss
 from fastspec.training.meter import Meter
 from fastspec.training.pair import Pair, load_pair
