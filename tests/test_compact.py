@@ -1,6 +1,7 @@
 """Compact drafts: fewer tokens to propose and weights in 8 bits change what is accepted, never what is said."""
 
 import json
+import weakref
 from collections import Counter
 
 import pytest
@@ -158,6 +159,23 @@ def test_texts_stay_the_same_and_acceptance_falls_with_the_vocabulary(bits):
         )
         assert torch.equal(again.sequences, sampled.sequences)
     assert efficiency[1024] >= efficiency[128] > efficiency[16] >= 1
+
+
+def test_weights_are_dequantised_once_for_all_decoders(monkeypatch):
+    compact, made = CompactLlamaForCausalLM.of(tiny_llama(), torch.arange(64), 8), []
+    dequantised = Int8Linear.dequantised
+    monkeypatch.setattr(Int8Linear, "dequantised", lambda self: made.append(self) or dequantised(self))
+    target, count = tiny_llava(), sum(isinstance(module, Int8Linear) for module in compact.modules())
+    for gamma in (2, 2, 3):  # a decoder is made, found again, and another is made
+        fastspec.generate(target, draft=compact, gamma=gamma, **picture_inputs(), max_new_tokens=4)
+    assert len(made) == len(set(made)) == count
+    compact.model.layers[0].mlp.down_proj.codes[0, 0] += 1
+    assert CompactDraft(compact)._kept is not CompactDraft(compact.to(torch.float64))._kept
+    assert len(made) == 3 * count
+    # Nothing is kept for a draft that is out of use.
+    fastspec.clear_decoders()
+    transformer = weakref.ref(CompactDraft(compact)._kept)
+    assert transformer() is None
 
 
 @needs_weights

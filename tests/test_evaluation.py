@@ -563,7 +563,8 @@ def test_bad_lines_are_skipped_and_counted(run, toys, questions, decoded, tmp_pa
     assert {row["prompts"] for row in results["rows"]} == {2}
     said = " ".join(results["header"]["skipped_lines"])
     for number, reason in ((2, "not JSON"), (3, "not UTF-8"), (4, "id 'sky' was given to line 1 already"),
-                           (5, "torn.png is trunc"), (6, "image file not found"), (7, "the prompt has 251")):  # fmt: skip
+                           (5, "torn.png is truncated"), (6, "image file not found"),
+                           (7, "the prompt has 251 tokens")):  # fmt: skip
         assert re.search(rf"mixed\.jsonl, line {number}: {reason}", said), (number, said)
     # The same prompts without their bad company are the same run.
     before = list(decoded)
