@@ -15,7 +15,10 @@ class DataError(ValueError):
 
     def __init__(self, path: Path, number: int, reason: str):
         super().__init__(f"{path}, line {number}: {reason}")
-        self.path, self.number = path, number
+        self.path, self.number, self.reason = path, number, reason
+
+    def __reduce__(self) -> tuple:
+        return DataError, (self.path, self.number, self.reason)  # for other processes
 
 
 @dataclass

@@ -35,6 +35,9 @@ class TextBlocks(Dataset):
     def __init__(self, paths: Sequence[Path], tokenizer: Any, length: int, bad: BadLines):
         self._length = length
         self._tokens = array("i")
+        begin, end = (
+            [] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        )
         for path in paths:
             before = len(self._tokens)
             documents = tqdm(
@@ -42,8 +45,7 @@ class TextBlocks(Dataset):
             )
             for some in _groups(documents, 256):
                 for ids in tokenizer(some, add_special_tokens=False)["input_ids"]:
-                    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-                    self._tokens.extend(token for token in (ends[0], *ids, ends[1]) if token is not None)
+                    self._tokens.extend(begin + ids + end)
             if len(self._tokens) == before:
                 raise ValueError(f"{path} has no text")
 
@@ -65,7 +67,7 @@ class ChatRows(Dataset):
         distilled: whether the answers come from ``fastspec distill-data``.
         with_images: whether pictures are read.
         length: most tokens of a chat without its image tokens; what is longer is cut.
-        bad: what happens to bad lines. One that only shows when it is encoded gives an example of nothing.
+        bad: what happens to bad lines. One that only shows when it is encoded gives an example with its ``fault``.
 
     Raises:
         ValueError: for a file that is missing, empty or without a usable line.
@@ -82,7 +84,7 @@ class ChatRows(Dataset):
         length: int,
         bad: BadLines,
     ):
-        self._processor, self._images, self._bad = processor, images, bad
+        self._processor, self._images = processor, images
         self._distilled, self._with_images, self._length = distilled, with_images, length
         self._places: list[tuple[Path, int, int]] = []
         for path in paths:
@@ -108,8 +110,8 @@ class ChatRows(Dataset):
                 line = Line(path, number, offset, decode_line(path, number, file.readline()))
             return self._encode(line)
         except DataError as error:
-            self._bad.report(error)
-            return Example((0,), (False,), "", 0), []
+            # Perhaps in a worker process: whoever counts bad lines is told by the batch.
+            return Example((0,), (False,), "", 0, fault=error), []
 
     def _folder(self, line: Line) -> Path:
         return self._images or line.path.parent
