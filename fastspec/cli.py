@@ -158,6 +158,9 @@ def evaluate(
     out: Annotated[
         Path, typer.Option(help="folder of the results; an interrupted run continues there")
     ] = Path("fastspec-evaluation"),
+    skip_bad_lines: Annotated[
+        bool, typer.Option(help="count task lines that cannot be asked and go on")
+    ] = False,
 ) -> None:
     """Measures drafts on tasks: block efficiency, acceptance, speed beside plain decoding."""
     from fastspec import evaluation
@@ -180,6 +183,7 @@ def evaluate(
         dtype=dtype,
         device=_device(device),
         out=out,
+        skip_bad_lines=skip_bad_lines,
     )
     results = evaluation.evaluate(asked, Console(stderr=True, highlight=False))
     report(results, out, Console(highlight=False))
@@ -280,6 +284,9 @@ def train_draft(
     device: Device = None,
     skip_bad_lines: Annotated[bool, typer.Option(help="count bad lines and go on")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last good checkpoint")] = False,
+    compile_layers: Annotated[
+        bool, typer.Option("--compile", help="torch.compile, worth its minute on long runs on a GPU")
+    ] = False,
 ) -> None:
     """Trains a draft for a target, on one device or with `accelerate launch -m fastspec train-draft ...`."""
     try:
@@ -316,6 +323,7 @@ def train_draft(
         device=device,
         skip_bad_lines=skip_bad_lines,
         resume=resume,
+        compile=compile_layers,
     )
     result = train_draft(asked)
     if not result["main_process"]:
@@ -339,7 +347,10 @@ def shrink_draft(
     answers: Annotated[
         list[Path] | None, typer.Option(help="distilled answers whose frequent tokens are kept; repeatable")
     ] = None,
-    weights: Annotated[str, typer.Option(help="int8, or full: as they are")] = "full",
+    weights: Annotated[
+        str,
+        typer.Option(help="int8 (dequantised when loaded, but for a CPU in bfloat16), or full: as they are"),
+    ] = "full",
     skip_bad_lines: Annotated[bool, typer.Option(help="count bad lines and go on")] = False,
 ) -> None:
     """Makes a compact copy of a draft: fewer tokens to propose, weights in 8 bits."""

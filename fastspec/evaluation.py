@@ -20,6 +20,7 @@ from fastspec.combination import PLAIN, combine, distinct
 from fastspec.command import check_dtype, load_draft, load_target
 from fastspec.info import collect
 from fastspec.journal import Journal
+from fastspec.lines import BadLines
 from fastspec.runs import Decoding, Run
 from fastspec.sampling import SamplingParams
 from fastspec.summary import summarise
@@ -40,6 +41,7 @@ class Evaluation:
         limit: most prompts of each task.
         image_folder: where relative image paths start from, if not at the task file.
         out: folder of the journal and the results.
+        skip_bad_lines: counts task lines that cannot be asked instead of ending.
     """
 
     target: str
@@ -58,6 +60,7 @@ class Evaluation:
     dtype: str
     device: str
     out: Path
+    skip_bad_lines: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,9 @@ def evaluate(evaluation: Evaluation, notes: Console) -> Results:
         for temperature in distinct("temperature", evaluation.temperatures)
     }
     combinations, left_out = combine(evaluation.drafts, evaluation.gammas, evaluation.trees, evaluation.rules)
+    bad = BadLines(evaluation.skip_bad_lines)
     tasks = [
-        read_task(name, evaluation.limit, evaluation.image_folder)
+        read_task(name, evaluation.limit, evaluation.image_folder, bad)
         for name in distinct("task", evaluation.tasks)
     ]
     if evaluation.target == "miniature" and evaluation.device == "cpu":
@@ -107,12 +111,16 @@ def evaluate(evaluation: Evaluation, notes: Console) -> Results:
     decoding = Decoding(
         *_load_models(evaluation), combinations, evaluation.max_new_tokens, seed=evaluation.seed
     )
+    with _progress(notes) as progress:
+        tasks = decoding.check(tasks, bad, progress)
+    if bad:
+        notes.print(bad.summary(), soft_wrap=True, markup=False)
     head = _journal_header(evaluation, tasks, decoding)
     with Journal(evaluation.out / JOURNAL, head) as journal, _progress(notes) as progress:
         runs = {run.key: run for run in map(Run.from_json, journal.records)}
         if runs:
             notes.print(f"{len(runs)} runs are in {journal.path} already", soft_wrap=True, markup=False)
-        decoding.allocate(tasks, progress)
+        decoding.allocate()
         for task in tasks:
             ways = list(product(params, (PLAIN, *combinations)))
             bar = progress.add_task(task.name, total=len(task.prompts) * len(ways))
@@ -133,7 +141,7 @@ def evaluate(evaluation: Evaluation, notes: Console) -> Results:
         summarise(task, temperature, combination, runs)
         for task, temperature, combination in product(tasks, params, (PLAIN, *combinations))
     ]
-    return Results(_header(evaluation, tasks, decoding, left_out), rows)
+    return Results(_header(evaluation, tasks, decoding, left_out, bad), rows)
 
 
 def _load_models(evaluation: Evaluation) -> tuple[Any, nn.Module, dict[str, tuple[Any, Any]]]:
@@ -149,7 +157,8 @@ def _journal_header(evaluation: Evaluation, tasks: Sequence[Task], decoding: Dec
     facts = collect()
     arguments = _arguments(evaluation)
     return {
-        **{name: value for name, value in arguments.items() if name != "out"},
+        # Which lines were skipped, the contents tell.
+        **{name: value for name, value in arguments.items() if name not in ("out", "skip_bad_lines")},
         "task contents": {task.name: task.digest for task in tasks},
         "target weights": fingerprint(decoding.target),
         "draft weights": {name: fingerprint(draft) for name, (draft, _) in decoding.drafts.items()},
@@ -161,7 +170,7 @@ def _journal_header(evaluation: Evaluation, tasks: Sequence[Task], decoding: Dec
 
 
 def _header(
-    evaluation: Evaluation, tasks: Sequence[Task], decoding: Decoding, left_out: list[str]
+    evaluation: Evaluation, tasks: Sequence[Task], decoding: Decoding, left_out: list[str], bad: BadLines
 ) -> dict[str, Any]:
     facts = collect()
     return {
@@ -178,6 +187,7 @@ def _header(
         "prompts": {task.name: len(task.prompts) for task in tasks},
         "arguments": _arguments(evaluation),
         "left_out": left_out,
+        "skipped_lines": list(bad.messages.values()),
     }
 
 

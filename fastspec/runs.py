@@ -19,6 +19,7 @@ from fastspec.command import chat_text
 from fastspec.decoder import Request, SpeculativeDecoder, check_pair, resolve_tree
 from fastspec.draft import make_draft
 from fastspec.generation import check_leftovers, make_prompts
+from fastspec.lines import BadLines, DataError
 from fastspec.sampling import SamplingParams
 from fastspec.tasks import Task, TaskPrompt
 
@@ -114,27 +115,44 @@ class Decoding:
         end = processor.tokenizer.eos_token_id if end is None else end
         self._eos = () if end is None else tuple(end) if isinstance(end, list) else (end,)
 
-    def allocate(self, tasks: Sequence[Task], progress: Progress) -> None:
-        """Makes decoders whose buffers hold the longest prompt; thereby every prompt and image is checked.
+    def check(self, tasks: Sequence[Task], bad: BadLines, progress: Progress) -> list[Task]:
+        """The tasks with the prompts that can be asked: images readable, the answer within the target's reach.
 
         Raises:
-            ValueError: for an image that cannot be read or a prompt that is too long; the message says which.
+            DataError: for a prompt that cannot, unless bad lines are skipped.
+            ValueError: for a task of which no prompt is left.
         """
-        new, longest = self.max_new_tokens, 0
-        limit = self.target.config.get_text_config().max_position_embeddings
+        checked, self._longest = [], 0
         bar = progress.add_task("checking prompts", total=sum(len(task.prompts) for task in tasks))
         for task in tasks:
+            good = []
             for prompt in task.prompts:
-                length = self.prepare(prompt).input_ids.shape[1]
-                if length + new > limit:
-                    raise ValueError(
-                        f"{prompt.where}: the prompt has {length} tokens, which with {new} new ones are more "
-                        f"than the target's max_position_embeddings of {limit}"
-                    )
-                longest = max(longest, length)
+                try:
+                    self._longest = max(self._longest, self._length(prompt))
+                    good.append(prompt)
+                except DataError as error:
+                    bad.report(error)
                 progress.advance(bar)
+            if not good:
+                raise ValueError(f"{task.name} has no prompt that can be asked; {bad.summary()}")
+            checked.append(Task(task.name, tuple(good)))
         progress.remove_task(bar)
-        self._decoders = {PLAIN: SpeculativeDecoder(self.target, None, capacity=longest + new)}
+        return checked
+
+    def _length(self, prompt: TaskPrompt) -> int:
+        length, new = self.prepare(prompt).input_ids.shape[1], self.max_new_tokens
+        limit = self.target.config.get_text_config().max_position_embeddings
+        if length + new > limit:
+            raise prompt.error(
+                f"the prompt has {length} tokens, which with {new} new ones are more than the target's "
+                f"max_position_embeddings of {limit}"
+            )
+        return length
+
+    def allocate(self) -> None:
+        """Makes decoders whose buffers hold the longest of the prompts that were checked."""
+        capacity = self._longest + self.max_new_tokens
+        self._decoders = {PLAIN: SpeculativeDecoder(self.target, None, capacity=capacity)}
         for combination in self.combinations:
             draft, tokenizer = self.drafts[combination.draft]
             self._decoders[combination] = SpeculativeDecoder(
@@ -142,7 +160,7 @@ class Decoding:
                 draft,
                 tree=combination.tree,
                 rule=combination.rule,
-                capacity=longest + new,
+                capacity=capacity,
                 tokenizer=self.processor.tokenizer,
                 draft_tokenizer=tokenizer,
             )
@@ -151,18 +169,18 @@ class Decoding:
         """The target's inputs for a prompt, on its device.
 
         Raises:
-            ValueError: for an image that cannot be read, or one that the processor refuses.
+            DataError: for an image that cannot be read, or one that the processor refuses.
         """
         images = prompt.load_images()
         token = getattr(self.processor, "image_token", None)
         said = [prompt.text, *(words for turn in prompt.history for words in turn)]
         if token and any(token in words for words in said):
-            raise ValueError(f"{prompt.where}: the prompt holds the target's own image token {token!r}")
+            raise prompt.error(f"the prompt holds the target's own image token {token!r}")
         try:
             text = chat_text(self.processor, prompt.text, len(images), prompt.history)
             inputs: BatchFeature = self.processor(images=images or None, text=text, return_tensors="pt")
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{prompt.where}: the target's processor refuses the prompt: {error}") from None
+            raise prompt.error(f"the target's processor refuses the prompt: {error}") from None
         inputs = dict(inputs.to(self.target.device))
         input_ids = inputs.pop("input_ids")
         inputs.pop("attention_mask", None)  # a single prompt has no padding

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastspec.images import load_image
+from fastspec.lines import BadLines, DataError, Line, parse_object, read_lines, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,26 +36,30 @@ class TaskPrompt:
         id: its name, unique within the task.
         text: the user's words, without chat format or image placeholders.
         images: paths, or pictures that were drawn for it; they come before the first words.
-        where: where it was read, for messages.
+        where: file and line that it was read from.
         history: earlier questions with their answers.
     """
 
     id: str
     text: str
     images: tuple[Path | Image, ...]
-    where: str
+    where: tuple[Path, int]
     history: tuple[tuple[str, str], ...] = ()
 
     def load_images(self) -> list[Image]:
         """The pictures, decoded.
 
         Raises:
-            ValueError: for a file that is no image; the message says where it was named.
+            DataError: for a file that is no image.
         """
         try:
             return [load_image(image) if isinstance(image, Path) else image for image in self.images]
         except ValueError as error:
-            raise ValueError(f"{self.where}: {error}") from None
+            raise self.error(str(error)) from None
+
+    def error(self, reason: str) -> DataError:
+        """Why it cannot be asked, with file and line number."""
+        return DataError(*self.where, reason)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,12 @@ class Task:
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
 
-def read_task(name: str, limit: int | None = None, image_folder: Path | None = None) -> Task:
+def read_task(
+    name: str,
+    limit: int | None = None,
+    image_folder: Path | None = None,
+    bad: BadLines | None = None,
+) -> Task:
     """Reads a JSONL file of prompts, or takes held-out prompts of the miniature.
 
     A line is an object with ``id``, optionally ``images`` (paths; ``image`` for a single one), and either
@@ -89,21 +99,20 @@ def read_task(name: str, limit: int | None = None, image_folder: Path | None = N
             ``follow-up``, the last question of a conversation.
         limit: only the first so many prompts; lines after them are not read.
         image_folder: what relative image paths start from; the task file's folder unless given.
+        bad: what happens to malformed lines; the first ends the reading unless given.
 
     Raises:
-        ValueError: for a missing or empty file or a line that is malformed; the message gives file, line
-            number and reason.
+        ValueError: for a missing or empty file, or one without a prompt.
+        DataError: for a line that is malformed.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     if name.startswith(MINIATURE):
         return Task(name, tuple(_miniature_prompts(name, limit or MINIATURE_PROMPTS)))
-    path = Path(name)
-    if not path.is_file():
-        raise ValueError(f"task file not found: {name}")
-    prompts = tuple(islice(_read_lines(path, image_folder or path.parent), limit))
+    path, bad = Path(name), BadLines() if bad is None else bad
+    prompts = tuple(islice(_read_prompts(path, image_folder or path.parent, bad), limit))
     if not prompts:
-        raise ValueError(f"{name} holds no prompts")
+        raise ValueError(f"{name} holds no prompts" + (f"; {bad.summary()}" if bad else ""))
     return Task(name, prompts)
 
 
@@ -123,38 +132,37 @@ def _miniature_prompts(name: str, count: int) -> Iterator[TaskPrompt]:
         images = [example.scene.render()]
         if task == TWO_PICTURES:
             images.append(miniature.sample_example(source, OTHER_PICTURE + seed).scene.render())
-        yield TaskPrompt(str(seed), text, tuple(images), f"{name}, prompt {seed}", tuple(history))
+        yield TaskPrompt(str(seed), text, tuple(images), (Path(name), seed), tuple(history))
 
 
-def _read_lines(path: Path, folder: Path) -> Iterator[TaskPrompt]:
+def _read_prompts(path: Path, folder: Path, bad: BadLines) -> Iterator[TaskPrompt]:
     seen: dict[str, int] = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                prompt = _parse(line, folder, where)
-                if prompt.id in seen:
-                    raise ValueError(f"id {prompt.id!r} was given to line {seen[prompt.id]} already")
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-            seen[prompt.id] = number
-            yield prompt
+    for line in read_lines(path, bad):
+        if not line.text.strip():
+            continue
+        try:
+            prompt = _parse(line, folder)
+            if prompt.id in seen:
+                raise line.error(f"id {prompt.id!r} was given to line {seen[prompt.id]} already")
+        except DataError as error:
+            bad.report(error)
+            continue
+        seen[prompt.id] = line.number
+        yield prompt
 
 
-def _parse(line: bytes, folder: Path, where: str) -> TaskPrompt:
+def _parse(line: Line, folder: Path) -> TaskPrompt:
+    entry = parse_object(line)
     try:
-        entry = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(entry, dict):
-        raise ValueError(f"expected a JSON object, got {_kind(entry)}")
+        return _prompt(entry, folder, (line.path, line.number))
+    except ValueError as error:
+        raise line.error(str(error)) from None
+
+
+def _prompt(entry: dict[str, Any], folder: Path, where: tuple[Path, int]) -> TaskPrompt:
     name = entry.get("id")
     if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
-        raise ValueError(f"expected 'id' to be a text or a whole number, got {_kind(name)}")
+        raise ValueError(f"expected 'id' to be a text or a whole number, got {shown(name)}")
     if ("prompt" in entry) == ("conversations" in entry):
         given = "both" if "prompt" in entry else "neither"
         raise ValueError(f"expected either 'prompt' or 'conversations', got {given}")
@@ -163,7 +171,7 @@ def _parse(line: bytes, folder: Path, where: str) -> TaskPrompt:
     else:
         history, text = _question(entry["conversations"])
     if not isinstance(text, str):
-        raise ValueError(f"expected 'prompt' to be a text, got {_kind(text)}")
+        raise ValueError(f"expected 'prompt' to be a text, got {shown(text)}")
     images = _image_paths(entry, folder)
     said = [text, *(words for turn in history for words in turn)]
     placeholders = sum(words.count(PLACEHOLDER) for words in said)
@@ -180,10 +188,10 @@ def _parse(line: bytes, folder: Path, where: str) -> TaskPrompt:
 def _question(turns: Any) -> tuple[list[tuple[str, str]], str]:
     """The turns before the question, in pairs, and the question."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"expected 'conversations' to be a list of turns, got {_kind(turns)}")
+        raise ValueError(f"expected 'conversations' to be a list of turns, got {shown(turns)}")
     for turn in turns:
         if turn.get("from") in SPEAKERS and not isinstance(turn.get("value"), str):
-            raise ValueError(f"expected a turn's 'value' to be a text, got {_kind(turn.get('value'))}")
+            raise ValueError(f"expected a turn's 'value' to be a text, got {shown(turn.get('value'))}")
     spoken = [(turn["from"], turn["value"]) for turn in turns if turn.get("from") in SPEAKERS]
     first = next((place for place, (who, _) in enumerate(spoken) if who == SPEAKERS[0]), None)
     if first is None:
@@ -215,7 +223,3 @@ def _image_paths(entry: dict, folder: Path) -> tuple[Path, ...]:
         if not found:
             raise ValueError(f"image file not found: {str(path)!r}")
     return paths
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"{json.dumps(value, ensure_ascii=False)[:60]}"

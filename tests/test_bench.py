@@ -1,11 +1,13 @@
 """Every benchmark of the engine runs at toy size, and writes what all results have in common."""
 
+import importlib.util
 import json
 import math
 
 import pytest
 import torch
 
+from bench import training as bench_training
 from bench.__main__ import main
 from bench.baselines import transformers_pass
 from bench.engine import make_pass
@@ -18,6 +20,7 @@ from fastspec import DraftTree, SpeculativeDecoder
 from fastspec.model.transformer import DecodeTransformer
 from fastspec.model.vision import text_stack
 from fastspec.sampling import SamplingParams
+from fastspec.training.sizes import parse_size
 
 HEADER = {"gpu", "driver", "cuda", "torch", "triton", "commit", "clocks", "read_bandwidth_tbs"}
 ROWS = {
@@ -71,6 +74,42 @@ def test_results_of_each_question(question, tmp_path):
         name = "speedup/small+small/chain5/agreement{}/greedy"
         assert rows[name.format(0)]["tau"] == 1
         assert 1 < rows[name.format(0.75)]["tau"] < rows[name.format(1)]["tau"] == 6
+
+
+@pytest.mark.parametrize("limit", [("--steps", 12), ("--steps", 10**6, "--minutes", 0.0)])
+def test_a_training_is_measured_and_ends_in_time(limit, tmp_path):
+    pytest.importorskip("triton")
+    asked = [
+        "--target",
+        "small",
+        "--batch-size",
+        2,
+        "--length",
+        32,
+        "--documents",
+        24,
+        *limit,
+        "--commit",
+        "abc",
+    ]
+    bench_training.main([str(word) for word in [*asked, "--out", tmp_path]])
+    (path,) = tmp_path.glob("*/training-small.json")
+    results = json.loads(path.read_text())
+    (row,) = results["rows"]
+    assert row["steps"] == (12 if limit[1] == 12 else bench_training.LEAST_STEPS)
+    assert results["header"]["product_rate_tflops"] > 0
+    assert row["tokens_per_second"] > 0
+    assert 0 < row["share_of_product_rate"] < 1
+    weights = bench_training.num_multiplied(parse_size(bench_training.SIZES["small"]), 512)
+    assert row["tflops"] == pytest.approx(6e-12 * weights * row["tokens_per_second"], abs=0.01)
+    assert row["hours_for_the_recipe"] == pytest.approx(600e9 / row["tokens_per_second"] / 3600, rel=1e-3)
+    steps = [point["step"] for point in row["acceptance"]]
+    assert steps[0] == 0
+    assert steps[-1] == row["steps"]
+    if importlib.util.find_spec("matplotlib"):
+        path.with_suffix(".svg").unlink()
+        bench_training.main(["--plot", str(path)])
+        assert "million tokens" in path.with_suffix(".svg").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the message is for machines without a GPU")

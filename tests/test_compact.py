@@ -1,6 +1,7 @@
 """Compact drafts: fewer tokens to propose and weights in 8 bits change what is accepted, never what is said."""
 
 import json
+import weakref
 from collections import Counter
 
 import pytest
@@ -15,7 +16,7 @@ from fastspec import DraftTree, miniature
 from fastspec.draft import CompactDraft, CompactLlamaForCausalLM, make_draft
 from fastspec.draft.int8 import Int8Linear, Int8Weight, round_to_int8
 from fastspec.evaluation import fingerprint
-from fastspec.training.lines import BadLines, DataError
+from fastspec.lines import BadLines, DataError
 from fastspec.training.losses import expected_acceptance
 from fastspec.training.shrink import count_tokens, most_frequent
 from fastspec.verification import Rule
@@ -160,6 +161,23 @@ def test_texts_stay_the_same_and_acceptance_falls_with_the_vocabulary(bits):
     assert efficiency[1024] >= efficiency[128] > efficiency[16] >= 1
 
 
+def test_weights_are_dequantised_once_for_all_decoders(monkeypatch):
+    compact, made = CompactLlamaForCausalLM.of(tiny_llama(), torch.arange(64), 8), []
+    dequantised = Int8Linear.dequantised
+    monkeypatch.setattr(Int8Linear, "dequantised", lambda self: made.append(self) or dequantised(self))
+    target, count = tiny_llava(), sum(isinstance(module, Int8Linear) for module in compact.modules())
+    for gamma in (2, 2, 3):  # a decoder is made, found again, and another is made
+        fastspec.generate(target, draft=compact, gamma=gamma, **picture_inputs(), max_new_tokens=4)
+    assert len(made) == len(set(made)) == count
+    compact.model.layers[0].mlp.down_proj.codes[0, 0] += 1
+    assert CompactDraft(compact)._kept is not CompactDraft(compact.to(torch.float64))._kept
+    assert len(made) == 3 * count
+    # Nothing is kept for a draft that is out of use.
+    fastspec.clear_decoders()
+    transformer = weakref.ref(CompactDraft(compact)._kept)
+    assert transformer() is None
+
+
 @needs_weights
 def test_int8_weights_cost_little_acceptance():
     target, draft, processor = miniature.load_target(), miniature.load_draft(), miniature.load_processor()
@@ -231,7 +249,7 @@ def test_the_command(run, answers, tmp_path):
         ((*asked, "--vocabulary", 20), "--vocabulary and --answers belong together"),
         ((*asked, "--vocabulary", 1, "--answers", answers), "--vocabulary must be 2 to 1024"),
         ((*asked, "--weights", "int4"), "weights must be int8 or full, got 'int4'"),
-        ((*asked, "--vocabulary", 20, "--answers", "no.jsonl"), "data file not found: no.jsonl"),
+        ((*asked, "--vocabulary", 20, "--answers", "no.jsonl"), "file not found: no.jsonl"),
         (("shrink-draft", "--draft", "ngram", "--out", out, "--weights", "int8"), "'ngram' has no weights"),
         (("shrink-draft", "--draft", out, "--out", out, "--weights", "int8"), "only a text-only LLaMA draft can"),
     ):  # fmt: skip

@@ -480,7 +480,7 @@ def test_reading_a_task(questions, tmp_path):
     assert [(prompt.text, len(prompt.images)) for prompt in task.prompts] == [
         ("Why?", 1), ("Absolute.", 1), ("None", 0), ("First?", 0)]  # fmt: skip
     assert [prompt.history for prompt in task.prompts] == [(("Who?", "Me."),), (), (), ()]
-    assert task.prompts[1].where == f"{path}, line 3"
+    assert task.prompts[1].where == (path, 3)
     path.write_text(json.dumps(lines[1]) + "\nnothing of the kind\n")
     assert len(read_task(str(path), limit=1).prompts) == 1  # lines after the limit are not read
 
@@ -546,6 +546,41 @@ def test_earlier_turns_stand_before_the_question():
     ).sum() == 2 * miniature_tokens.IMAGE_TOKENS
     with pytest.raises(ValueError, match="earlier turns need a chat template"):
         chat_text(ToyProcessor(), "Why?", 0, [("Who?", "Me.")])
+
+
+def test_bad_lines_are_skipped_and_counted(run, toys, questions, decoded, tmp_path):
+    good, lines = questions.read_text().splitlines(), [b"{", b'{"id": "\xff"}']
+    (tmp_path / "torn.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    lines += [json.dumps(line).encode() for line in (
+        {"id": "sky", "prompt": "Again?"}, {"id": "torn", "image": "torn.png", "prompt": "x"},
+        {"id": "none", "image": "no.png", "prompt": "x"}, {"id": "long", "prompt": "x" * 250})]  # fmt: skip
+    (tmp_path / "mixed.jsonl").write_bytes(b"\n".join([good[0].encode(), *lines, good[1].encode()]))
+    asked = [*ASKED[:-1], "mixed.jsonl", "--skip-bad-lines"]
+    status, _, notes = run(*asked, "--out", "out")
+    assert status == 0, notes
+    assert "skipped bad lines: 6 of mixed.jsonl; the first: mixed.jsonl, line 2: not JSON" in notes
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {row["prompts"] for row in results["rows"]} == {2}
+    said = " ".join(results["header"]["skipped_lines"])
+    for number, reason in ((2, "not JSON"), (3, "not UTF-8"), (4, "id 'sky' was given to line 1 already"),
+                           (5, "torn.png is truncated"), (6, "image file not found"),
+                           (7, "the prompt has 251 tokens")):  # fmt: skip
+        assert re.search(rf"mixed\.jsonl, line {number}: {reason}", said), (number, said)
+    # The same prompts without their bad company are the same run.
+    before = list(decoded)
+    (tmp_path / "mixed.jsonl").write_text("\n".join(good[:2]))
+    status, _, notes = run(*asked[:-1], "--out", "out")
+    assert status == 0, notes
+    assert decoded == before
+    assert "skipped" not in notes
+
+    (tmp_path / "mixed.jsonl").write_bytes(b"\n".join(lines))
+    for chosen, reason in ((lines[:2], "holds no prompts"), (lines[3:4], "has no prompt that can be asked")):
+        (tmp_path / "mixed.jsonl").write_bytes(b"\n".join(chosen))
+        status, _, notes = run(*asked, "--out", "new")
+        assert status == 2
+        assert f"error: mixed.jsonl {reason}; skipped bad lines: {len(chosen)} of mixed.jsonl" in notes
+    assert not (tmp_path / "new").exists()
 
 
 def test_several_values_after_one_option(run, toys, questions, tmp_path):
@@ -630,7 +665,7 @@ def test_combinations():
         (["--temperature", "1", "--temperature", "1"], "temperature 1.0 was given 2 times"),
         (["--draft", "ngram", "--tree", "2"], "this draft proposes a chain"),
         (["--draft", "ngram", "--rule", "block"], "rule 'block' needs the law the draft sampled from"),
-        (["--task", "no.jsonl"], "task file not found: no.jsonl"),
+        (["--task", "no.jsonl"], "file not found: no.jsonl"),
         (["--task", "empty.jsonl"], "empty.jsonl holds no prompts"),
         (["--task", "miniature:poem"], "unknown task 'miniature:poem'; expected one of miniature:caption, "),
         (["--dtype", "int4"], "dtype must be auto, float32, bfloat16, float16, got 'int4'"),

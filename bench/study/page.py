@@ -53,8 +53,8 @@ def _limits(record: dict[str, Any]) -> str:
 
 - **Exactness carries over.** Rules, trees and code are those that decode a 7B; that greedy texts are identical
 does not depend on size.
-- **Orders carry over with care.** That tuning on the target's answers pays, that block verification accepts at
-least as much, and that a draft without eyes fails where the picture decides, are matters of method.
+- **Orders carry over with care.** That tuning pays as far as said above, that block verification accepts at least
+as much in expectation, and that a draft without eyes fails where the picture decides, are matters of method.
 - **Sizes do not.** The scenes' language has some 300 words, so 0.17 M parameters foresee more of it than 115 M
 do of natural text. Pictures decide more of every sentence than in a chat about photographs, which favours the
 adapter.

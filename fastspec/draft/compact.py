@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -152,7 +153,7 @@ class CompactDraft(TextDraft):
     """
 
     def __init__(self, model: CompactLlamaForCausalLM):
-        self._kept = CompactTransformer(model)
+        self._kept = _transformer(model)
         self._spread = model.lm_head.spread
         # For the decoder, who compares vocabularies: the draft reads every token.
         self.transformer = copy.copy(self._kept)
@@ -171,6 +172,25 @@ class CompactDraft(TextDraft):
     def _spreading(self, read: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """A pass whose logits are of the whole vocabulary, -inf for tokens that the draft cannot propose."""
         return lambda *inputs: self._spread(read(*inputs))
+
+
+#: What was last made of each model, as long as a draft uses it.
+_made: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, weakref.ref[CompactTransformer]]]
+_made = weakref.WeakKeyDictionary()
+
+
+def _transformer(model: CompactLlamaForCausalLM) -> CompactTransformer:
+    """The model's transformer, one for all drafts of it: to dequantise takes time and memory."""
+    weights = tuple(
+        (tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
+        for tensor in model.state_dict().values()
+    )
+    before, reference = _made.get(model, (None, None))
+    made = reference() if before == weights else None
+    if made is None:
+        made = CompactTransformer(model)
+        _made[model] = weights, weakref.ref(made)
+    return made
 
 
 def _new_linear(inputs: int, outputs: int, weight_bits: int) -> nn.Module:

@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fastspec.training.sizes import SIZES, new_llama
+
 from .scenes import PATCH, SIDE
 from .tokens import BOS, CHAT_TEMPLATE, EOS, IMAGE, IMAGE_TOKENS, PAD, VOCABULARY
 
@@ -84,22 +86,7 @@ def _waves(side: int, width: int) -> torch.Tensor:
 
 def new_draft() -> LlamaForCausalLM:
     """A text-only LLaMA of 0.17 M parameters."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        **_IDS,
-    )
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(**_IDS)
-    return model
+    return new_llama(SIZES["tiny"], VOCABULARY, 1024, **_IDS)
 
 
 def wrap_tokenizer(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastspec.training.lines import DataError
+from fastspec.lines import DataError
 
 
 class AnswerFile:

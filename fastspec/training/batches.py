@@ -20,6 +20,10 @@ IGNORED = -100
 class Collator:
     """Pads rows on the right; a text-only draft's are without image tokens, the target's with all of them.
 
+    Beside ``input_ids``, ``attention_mask`` and ``labels`` ``[B, L]`` a part has ``answers`` ``[M]``, the tokens to be
+    learned, and ``places`` ``[M]``, where they come next: indices into ``[B · L]``. The answers of the draft's part are
+    those of the target's, in the same order. ``faults`` are those of lines that gave nothing, if there are any.
+
     Args:
         processor: the target's.
         image_token_id: the placeholder.
@@ -54,6 +58,8 @@ class Collator:
             batch |= self._pad_rows([self._without_images(example) for example in examples])
         if not self._with_target:
             batch.pop("target", None)
+        if faults := [example.fault for example in examples if example.fault]:
+            batch["faults"] = faults
         return batch
 
     def _without_images(self, example: Example) -> Row:
@@ -97,7 +103,15 @@ class Collator:
             labels[index, : len(ids)] = torch.where(torch.tensor(spoken), torch.tensor(ids), IGNORED)
             mask[index, : len(ids)] = 1
         labels[:, 0] = IGNORED  # nothing predicts the first token
-        return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        # Found here, where nobody waits for a device.
+        places = (labels.flatten() != IGNORED).nonzero()[:, 0] - 1
+        return {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "labels": labels,
+            "places": places,
+            "answers": labels.flatten()[places + 1],
+        }
 
 
 def expand(example: Example, processed: Sequence[int]) -> Row:
@@ -123,13 +137,3 @@ def expand(example: Example, processed: Sequence[int]) -> Row:
     if place != example.num_text:
         raise ValueError("the processor's tokens are not those of its tokenizer with images put in")
     return ids + list(example.ids[place:]), spoken + list(example.spoken[place:])
-
-
-def answer_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a token to be learned comes next, as a mask ``[B, L - 1]``, and those tokens ``[M]``.
-
-    The draft's and the target's rows of one batch give the same tokens in the same order.
-    """
-    answers = labels[:, 1:]
-    mask = answers != IGNORED
-    return mask, answers[mask]

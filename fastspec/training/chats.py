@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastspec.training.lines import DataError, Line
+from fastspec.lines import Line, parse_object
 
 IMAGE_TAG = "<image>"
 #: Who speaks, by the format's names and by those of chat templates.
@@ -59,13 +58,9 @@ def parse_chat(line: Line) -> Chat:
 
     def check(good: bool, reason: str) -> None:
         if not good:
-            raise DataError(line.path, line.number, reason)
+            raise line.error(reason)
 
-    try:
-        record = json.loads(line.text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(line.path, line.number, f"not JSON: {error}") from None
-    check(isinstance(record, dict), f"expected a JSON object, got {type(record).__name__}")
+    record = parse_object(line)
     conversations = record.get("conversations")
     check(isinstance(conversations, list) and bool(conversations), "no 'conversations', or an empty list")
     turns = tuple(_parse_turn(index, turn, check) for index, turn in enumerate(conversations))

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fastspec.images import load_image
+from fastspec.lines import BadLines, DataError, Line, decode_line, read_lines
 from fastspec.training.chats import missing_image, parse_chat
-from fastspec.training.lines import BadLines, DataError, Line, decode_line, read_lines
 from fastspec.training.template import Example, encode_chat
 
 #: An example with its pictures, where they are needed.
@@ -35,6 +35,9 @@ class TextBlocks(Dataset):
     def __init__(self, paths: Sequence[Path], tokenizer: Any, length: int, bad: BadLines):
         self._length = length
         self._tokens = array("i")
+        begin, end = (
+            [] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        )
         for path in paths:
             before = len(self._tokens)
             documents = tqdm(
@@ -42,8 +45,7 @@ class TextBlocks(Dataset):
             )
             for some in _groups(documents, 256):
                 for ids in tokenizer(some, add_special_tokens=False)["input_ids"]:
-                    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-                    self._tokens.extend(token for token in (ends[0], *ids, ends[1]) if token is not None)
+                    self._tokens.extend(begin + ids + end)
             if len(self._tokens) == before:
                 raise ValueError(f"{path} has no text")
 
@@ -65,7 +67,7 @@ class ChatRows(Dataset):
         distilled: whether the answers come from ``fastspec distill-data``.
         with_images: whether pictures are read.
         length: most tokens of a chat without its image tokens; what is longer is cut.
-        bad: what happens to bad lines. One that only shows when it is encoded gives an example of nothing.
+        bad: what happens to bad lines. One that only shows when it is encoded gives an example with its ``fault``.
 
     Raises:
         ValueError: for a file that is missing, empty or without a usable line.
@@ -82,7 +84,7 @@ class ChatRows(Dataset):
         length: int,
         bad: BadLines,
     ):
-        self._processor, self._images, self._bad = processor, images, bad
+        self._processor, self._images = processor, images
         self._distilled, self._with_images, self._length = distilled, with_images, length
         self._places: list[tuple[Path, int, int]] = []
         for path in paths:
@@ -108,8 +110,8 @@ class ChatRows(Dataset):
                 line = Line(path, number, offset, decode_line(path, number, file.readline()))
             return self._encode(line)
         except DataError as error:
-            self._bad.report(error)
-            return Example((0,), (False,), "", 0), []
+            # Perhaps in a worker process: whoever counts bad lines is told by the batch.
+            return Example((0,), (False,), "", 0, fault=error), []
 
     def _folder(self, line: Line) -> Path:
         return self._images or line.path.parent
@@ -117,11 +119,9 @@ class ChatRows(Dataset):
     def _parse(self, line: Line):
         chat = parse_chat(line)
         if self._distilled and chat.turns[-1].token_ids is None:
-            raise DataError(
-                line.path, line.number, "the answer has no 'token_ids'; fastspec distill-data writes them"
-            )
+            raise line.error("the answer has no 'token_ids'; fastspec distill-data writes them")
         if self._with_images and (missing := missing_image(self._folder(line), chat)):
-            raise DataError(line.path, line.number, f"no image {missing!r} in {self._folder(line)}")
+            raise line.error(f"no image {missing!r} in {self._folder(line)}")
         return chat
 
     def _encode(self, line: Line) -> Item:
@@ -135,7 +135,7 @@ class ChatRows(Dataset):
         except DataError:
             raise
         except ValueError as error:
-            raise DataError(line.path, line.number, str(error)) from None
+            raise line.error(str(error)) from None
 
 
 def shorten(example: Example, placeholder: int, length: int) -> Example:

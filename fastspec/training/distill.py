@@ -17,10 +17,10 @@ from fastspec import generation
 from fastspec.command import DTYPES, load_draft, load_target
 from fastspec.decoder import MAX_BATCH_SIZE, check_target
 from fastspec.images import load_image
+from fastspec.lines import BadLines, DataError, read_lines
 from fastspec.state import FinishReason
 from fastspec.training.answers import AnswerFile
 from fastspec.training.chats import IMAGE_TAG, Chat, Turn, missing_image, parse_chat
-from fastspec.training.lines import BadLines, DataError, read_lines
 from fastspec.training.template import prompt_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -109,7 +109,7 @@ def read_questions(asked: Distillation, bad: BadLines) -> Iterator[tuple[int, Ch
                 first = next(turn for turn in chat.turns if turn.role == "user")
                 chat = Chat((first,), chat.images[: first.num_images])
                 if missing := missing_image(asked.images, chat):
-                    raise DataError(line.path, line.number, f"no image {missing!r} in {asked.images}")
+                    raise line.error(f"no image {missing!r} in {asked.images}")
             except DataError as error:
                 bad.report(error)
                 continue

@@ -55,12 +55,13 @@ def total_variation(draft_logits: Tensor, target_logits: Tensor | None, answers:
 
 
 def tvd_plus_plus(draft_logits: Tensor, target_logits: Tensor | None, answers: Tensor) -> Tensor:
-    """Total variation in value, with the gradient of TVD++ (2403.00858, section 2).
+    """Total variation in value, with the gradient of TVD++ (2403.00858).
 
-    The gradient of total variation is E_{x∼q}[−r(x) ∇log q(x)] with the reward r(x) = 1 where p(x) > q(x). TVD++
-    normalises the reward, (r − μ) / σ, with its mean and deviation over the positions of the batch. The expectation
-    is taken exactly, over the whole vocabulary, so nothing is sampled; μ then drops out of the gradient, and σ makes
-    the steps of total variation longer where nearly all rewards are alike.
+    The gradient of total variation is a policy gradient, E_{x∼q}[−r(x) ∇log q(x)] with the reward r(x) = 1 where
+    p(x) > q(x), else 0. TVD++ takes the advantage (r − μ) / σ in the reward's place; here μ and σ are mean and
+    deviation of the reward over x ∼ q at all positions of a process's batch. The expectation is taken exactly, over
+    the whole vocabulary, so nothing is sampled; μ then drops out of the gradient, and σ makes the steps of total
+    variation longer where nearly all rewards are alike.
     """
     log_q, log_p = laws(draft_logits, target_logits)
     q = log_q.exp()

@@ -13,7 +13,7 @@ from fastspec.model.vision import text_stack
 
 
 class Meter(TrainerCallback):
-    """Counts the draft's tokens and the seconds of optimizer steps, evaluation and saving apart.
+    """Counts the draft's tokens and the seconds of optimizer steps with their data, evaluation and saving apart.
 
     The first step, which pays for what is done once, is not counted.
     """
@@ -23,22 +23,34 @@ class Meter(TrainerCallback):
         self.steps = 0
         self._tokens: Tensor | None = None
         self._pending: Tensor | None = None
-        self._begin = 0.0
+        self._begin: float | None = None
 
     def count(self, attention_mask: Tensor) -> None:
         """Told of each batch; nothing waits for the device."""
         tokens = attention_mask.sum()
         self._pending = tokens if self._pending is None else self._pending + tokens
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begin, self._pending = time.perf_counter(), None
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Trainer has looked at the loss: the device is no more than an optimizer's step behind.
-        self.steps += 1
-        if self.steps > 1 and self._pending is not None:
-            self.seconds += time.perf_counter() - self._begin
+        # Within a stretch of steps the device may lag behind; what ends or begins one waits for it.
+        paused = control.should_evaluate or control.should_save or control.should_training_stop
+        if (paused or self._begin is None) and args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)
+        now = time.perf_counter()
+        if self._begin is not None and self._pending is not None:
+            self.seconds += now - self._begin
             self._tokens = self._pending if self._tokens is None else self._tokens + self._pending
+        self._begin, self._pending = now, None
+        self.steps += 1
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._resume()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._resume()
+
+    def _resume(self) -> None:
+        if self._begin is not None:  # before the first step there is evaluation, too
+            self._begin = time.perf_counter()
 
     def summary(self, draft: nn.Module, processes: int) -> dict[str, float | None]:
         """Rates of all processes together, ready for JSON; None where fewer than two steps were taken.

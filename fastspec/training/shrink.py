@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM
 
 from fastspec.command import load_draft
 from fastspec.draft.compact import CompactLlamaForCausalLM
+from fastspec.lines import BadLines, DataError, read_lines
 from fastspec.miniature.models import replace_folder
 from fastspec.training.chats import parse_chat
-from fastspec.training.lines import BadLines, DataError, read_lines
 
 WEIGHTS = {"int8": 8, "full": 16}
 
@@ -103,14 +103,10 @@ def count_tokens(paths: Iterable[Path], vocab_size: int, bad: BadLines) -> Count
             try:
                 token_ids = parse_chat(line).turns[-1].token_ids
                 if token_ids is None:
-                    raise DataError(
-                        path, line.number, "the answer has no 'token_ids'; fastspec distill-data writes them"
-                    )
+                    raise line.error("the answer has no 'token_ids'; fastspec distill-data writes them")
                 if max(token_ids) >= vocab_size:
-                    raise DataError(
-                        path,
-                        line.number,
-                        f"token id {max(token_ids)} is outside the draft's vocabulary of {vocab_size}",
+                    raise line.error(
+                        f"token id {max(token_ids)} is outside the draft's vocabulary of {vocab_size}"
                     )
             except DataError as error:
                 bad.report(error)

@@ -61,21 +61,29 @@ def new_draft(size: DraftSize, target: PretrainedConfig, tokenizer: Any) -> Llam
         target: the target's configuration.
         tokenizer: the target's.
     """
-    text = target.get_text_config()
-    pad = tokenizer.pad_token_id
-    special = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id if pad is None else pad,
-    }
+    text, pad = target.get_text_config(), tokenizer.pad_token_id
+    return new_llama(
+        size,
+        text.vocab_size,
+        text.max_position_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+    )
+
+
+def new_llama(
+    size: DraftSize, vocab_size: int, max_positions: int, **special: int | None
+) -> LlamaForCausalLM:
+    """A random LLaMA; ``special`` are its ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``."""
     config = LlamaConfig(
-        vocab_size=text.vocab_size,
+        vocab_size=vocab_size,
         hidden_size=size.hidden,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
         intermediate_size=size.ffn,
-        max_position_embeddings=text.max_position_embeddings,
+        max_position_embeddings=max_positions,
         rms_norm_eps=1e-5,
         tie_word_embeddings=size.tied,
         **special,

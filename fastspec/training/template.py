@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fastspec.lines import DataError
 from fastspec.training.chats import Chat
 
 #: The stages of training, by what they read.
@@ -21,6 +22,7 @@ class Example:
         text: what the processor is given to make the target's tokens.
         num_text: how many of the ids come from ``text``; those after it are appended as they are.
         images: paths of the images.
+        fault: why its line gave nothing to learn.
     """
 
     ids: tuple[int, ...]
@@ -28,6 +30,7 @@ class Example:
     text: str
     num_text: int
     images: tuple[str, ...] = ()
+    fault: DataError | None = None
 
 
 def prompt_text(processor: Any, messages: list[dict[str, Any]]) -> str:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import Dataset, Subset
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
+from fastspec.lines import BadLines
 from fastspec.miniature.models import count_parameters, replace_folder
+from fastspec.model.vision import text_stack
 from fastspec.training.batches import Collator
 from fastspec.training.checkpoints import last_good_checkpoint, remove_torn_checkpoints
 from fastspec.training.datasets import ChatRows, TextBlocks
 from fastspec.training.history import History
-from fastspec.training.lines import BadLines
 from fastspec.training.losses import find_loss
 from fastspec.training.meter import Meter
 from fastspec.training.pair import Pair, load_pair
@@ -39,6 +42,7 @@ class Training:
         train: ``adapter`` for the image adapter alone, or ``all``.
         held_out: examples that are not trained on, for the expected acceptance; 0 leaves it out.
         steps: optimizer steps; 0 for as many as ``epochs`` take.
+        compile: whether torch.compile fuses the draft's layers and the loss.
     """
 
     target: str
@@ -67,14 +71,19 @@ class Training:
     device: str | None = None
     skip_bad_lines: bool = False
     resume: bool = False
+    compile: bool = False
 
     @property
     def run_folder(self) -> Path:
         return self.out.with_name(self.out.name + ".run")
 
 
-def train_draft(asked: Training) -> dict[str, Any]:
+def train_draft(asked: Training, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Trains and saves a draft; returns what came out, ready for JSON.
+
+    Args:
+        asked: what to do.
+        callbacks: more of Trainer's, for example to end the training early.
 
     Raises:
         TypeError: for a target that is no LLaVA.
@@ -92,6 +101,10 @@ def train_draft(asked: Training) -> dict[str, Any]:
 
     bad = BadLines(asked.skip_bad_lines)
     train_data, held_out = _split(_open_data(asked, pair, bad), asked.held_out, asked.seed)
+    if asked.compile:
+        loss = torch.compile(loss)
+        for layer in text_stack(pair.draft)[0].layers:
+            layer.compile()
     history, meter = History(asked.run_folder, asked.loss), Meter()
     # Batches pad through the processor, which a saved tokenizer would remember.
     companion = copy.deepcopy(pair.processor if pair.draft_sees_images else pair.processor.tokenizer)
@@ -100,6 +113,7 @@ def train_draft(asked: Training) -> dict[str, Any]:
         loss_needs_target=compares,
         target=pair.target,
         meter=meter,
+        bad=bad,
         model=pair.draft,
         args=arguments,
         train_dataset=train_data,
@@ -113,7 +127,7 @@ def train_draft(asked: Training) -> dict[str, Any]:
             pair.image_pooling,
         ),
         processing_class=companion,
-        callbacks=[history],
+        callbacks=[history, *callbacks],
     )
     if trainer.is_world_process_zero():
         asked.run_folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +136,8 @@ def train_draft(asked: Training) -> dict[str, Any]:
     trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = _final_metrics(trainer)
+    for messages in gather_object([bad.messages]):
+        bad.messages |= messages
     result = {
         "out": str(asked.out),
         "parameters": count_parameters(pair.draft),
@@ -184,6 +200,7 @@ def _trainer_arguments(asked: Training, fresh: bool) -> TrainingArguments:
         save_steps=asked.save_every,
         save_total_limit=2,
         dataloader_num_workers=asked.workers,
+        accelerator_config={"non_blocking": on_gpu},  # else the host waits for the device at every batch
         remove_unused_columns=False,
         label_names=["labels"],
         # A batch without a picture leaves an image draft's projector out.

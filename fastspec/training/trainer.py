@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 
+from fastspec.lines import BadLines
 from fastspec.model.vision import text_stack
-from fastspec.training.batches import answer_positions
 from fastspec.training.checkpoints import last_good_checkpoint
 from fastspec.training.losses import Loss, expected_acceptance
 from fastspec.training.meter import Meter
+
+#: Held-out positions whose laws are compared at a time: two float32 laws of 32,000 tokens are 1 GB.
+EVALUATED_TOGETHER = 4096
+#: Parts of a batch that are no inputs of the draft.
+_BESIDE = ("target", "labels", "places", "answers")
 
 
 class DraftTrainer(Trainer):
@@ -24,6 +30,7 @@ class DraftTrainer(Trainer):
         loss_needs_target: whether that loss compares with the target's law.
         target: the target, frozen and on the device; None where neither loss nor evaluation asks it.
         meter: told of every batch.
+        bad: told of lines that turn out bad when they are encoded.
         **arguments: Trainer's own.
     """
 
@@ -34,14 +41,19 @@ class DraftTrainer(Trainer):
         loss_needs_target: bool,
         target: nn.Module | None,
         meter: Meter,
+        bad: BadLines,
         **arguments: Any,
     ):
         super().__init__(compute_metrics=_held_out_metrics, **arguments)
         self._loss, self._loss_needs_target, self._target = loss, loss_needs_target, target
-        self._meter = meter
+        self._meter, self._bad = meter, bad
         self.add_callback(meter)
         # Makes Trainer count the tokens of all accumulated batches and processes, by which the loss is divided.
         self.model_accepts_loss_kwargs = True
+        self._head = text_stack(self.model)[1]
+        self._hidden: Tensor | None = None
+        self.model.model.register_forward_hook(self._keep_hidden)
+        self._watched: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
     def compute_loss(
         self,
@@ -50,8 +62,11 @@ class DraftTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        draft_logits, answers, _ = self._draft_logits(model, inputs)
-        target_logits = self.target_logits(inputs["target"]) if self._loss_needs_target else None
+        draft_logits = self._draft_logits(self._draft_hidden(model, inputs))
+        target_logits = None
+        if self._loss_needs_target:
+            target_logits = self._target_logits(self._target_hidden(inputs["target"]))
+        answers = inputs["answers"]
         total = self._loss(draft_logits, target_logits, answers).sum()
         if num_items_in_batch is None:
             num_items_in_batch = len(answers)
@@ -59,17 +74,46 @@ class DraftTrainer(Trainer):
         # The count is that of all processes, and their gradients will be averaged.
         return total * self.accelerator.num_processes / count
 
+    def train(self, *arguments: Any, **more: Any) -> Any:
+        result = super().train(*arguments, **more)
+        self._look()
+        return result
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *counts: Any, **more: Any) -> Tensor:
+        self._count_faults(inputs)
         self._meter.count(inputs["attention_mask"])
         loss = super().training_step(model, inputs, *counts, **more)
-        if not torch.isfinite(loss):
-            self._stop(f"the loss is {loss.item()}", 1)
+        self._look()
+        self._watch(loss)
         return loss
 
+    def _watch(self, loss: Tensor) -> None:
+        """Has a loss looked at: at once on a CPU; on a GPU, still busy with it, when the next step is queued."""
+        step, event = self.state.global_step + 1, None
+        value = loss.detach()
+        if value.is_cuda:
+            value = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._watched = step, value, event
+        if event is None:
+            self._look()
+
+    def _look(self) -> None:
+        """Ends the run if the loss that is watched is NaN or infinite."""
+        if self._watched is None:
+            return
+        (step, value, event), self._watched = self._watched, None
+        if event is not None:
+            event.synchronize()
+        if not math.isfinite(value):
+            self._stop(f"the loss is {value.item()}", step)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._look()
         # A finite loss may have a gradient that is not: the weights show it before the next loss does.
         if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
-            self._stop("weights are NaN or infinite")
+            self._stop("weights are NaN or infinite", self.state.global_step)
         super()._save_checkpoint(model, trial)
 
     def prediction_step(
@@ -80,35 +124,60 @@ class DraftTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
         """Sums of loss and expected acceptance over each row, and how many tokens they are of."""
+        self._count_faults(inputs)
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            draft_logits, answers, rows = self._draft_logits(model, inputs)
-            target_logits = self.target_logits(inputs["target"])
-            losses = self._loss(draft_logits, target_logits, answers).float()
-            accepted = expected_acceptance(draft_logits, target_logits)
-        values = torch.stack([losses, accepted, torch.ones_like(accepted)], 1)
-        sums = values.new_zeros(len(inputs["input_ids"]), 3).index_add_(0, rows, values)
+        values = []
+        with torch.no_grad():
+            hidden = self._draft_hidden(model, inputs), self._target_hidden(inputs["target"])
+            for ours, theirs, answers in zip(
+                *(part.split(EVALUATED_TOGETHER) for part in (*hidden, inputs["answers"])), strict=True
+            ):
+                draft_logits, target_logits = self._draft_logits(ours), self._target_logits(theirs)
+                losses = self._loss(draft_logits, target_logits, answers).float()
+                accepted = expected_acceptance(draft_logits, target_logits)
+                values.append(torch.stack([losses, accepted, torch.ones_like(accepted)], 1))
+        batch, length = inputs["input_ids"].shape
+        rows = inputs["places"] // length
+        sums = values[0].new_zeros(batch, 3).index_add_(0, rows, torch.cat(values))
         return None, sums[:, :2], sums[:, 2]
 
-    def target_logits(self, inputs: dict[str, Any]) -> Tensor:
-        """``[M, V]`` of the target, which sees the image, where an answer's token comes next."""
-        inputs = dict(inputs)
-        mask, _ = answer_positions(inputs.pop("labels"))
+    def _draft_hidden(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """``[M, hidden]`` of the draft, before its output projection.
+
+        Projecting only what is asked, and not through the model, saves time and memory: logits of all places are as
+        large as everything else together, and accelerate would copy them to float32.
+        """
+        seen = {name: value for name, value in inputs.items() if name not in _BESIDE}
+        model(**seen, use_cache=False, logits_to_keep=1)
+        hidden, self._hidden = self._hidden, None
+        return hidden.flatten(0, 1)[inputs["places"]]
+
+    def _keep_hidden(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        self._hidden = output.last_hidden_state
+
+    def _draft_logits(self, hidden: Tensor) -> Tensor:
+        with self.accelerator.autocast():
+            return self._head(hidden)
+
+    def _target_hidden(self, inputs: dict[str, Any]) -> Tensor:
+        """``[M, hidden]`` of the target, which sees the image, where an answer's token comes next."""
+        seen = {name: value for name, value in inputs.items() if name not in _BESIDE}
         with torch.no_grad():
-            hidden = self._target.model(**inputs, use_cache=False).last_hidden_state
-            return text_stack(self._target)[1](hidden[:, :-1][mask])
+            hidden = self._target.model(**seen, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)[inputs["places"]]
 
-    def _draft_logits(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """``[M, V]`` of the draft, the answers' tokens ``[M]``, and the rows they are of."""
-        seen = {name: value for name, value in inputs.items() if name not in ("target", "labels")}
-        mask, answers = answer_positions(inputs["labels"])
-        logits = model(**seen, use_cache=False).logits
-        return logits[:, :-1][mask], answers, mask.nonzero()[:, 0]
+    def _target_logits(self, hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            return text_stack(self._target)[1](hidden)
 
-    def _stop(self, what: str, steps_ahead: int = 0) -> None:
+    def _count_faults(self, inputs: dict[str, Any]) -> None:
+        for fault in inputs.pop("faults", ()):
+            self._bad.report(fault)
+
+    def _stop(self, what: str, step: int) -> None:
         checkpoint = last_good_checkpoint(Path(self.args.output_dir))
         raise FloatingPointError(
-            f"{what} at step {self.state.global_step + steps_ahead}; the last good checkpoint is "
+            f"{what} at step {step}; the last good checkpoint is "
             f"{checkpoint or 'none, for none was saved yet'}; try a lower --learning-rate"
         )
 

@@ -1,11 +1,13 @@
-"""Data files from users: lines with their numbers, and bad ones with the reason."""
+"""Files from users: lines with their numbers, and bad ones with the reason."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 class DataError(ValueError):
@@ -13,7 +15,10 @@ class DataError(ValueError):
 
     def __init__(self, path: Path, number: int, reason: str):
         super().__init__(f"{path}, line {number}: {reason}")
-        self.path, self.number = path, number
+        self.path, self.number, self.reason = path, number, reason
+
+    def __reduce__(self) -> tuple:
+        return DataError, (self.path, self.number, self.reason)  # for other processes
 
 
 @dataclass
@@ -55,6 +60,30 @@ class Line:
     offset: int
     text: str
 
+    def error(self, reason: str) -> DataError:
+        """What is wrong with it, with file and line number."""
+        return DataError(self.path, self.number, reason)
+
+
+def parse_object(line: Line) -> dict[str, Any]:
+    """The JSON object that a line holds.
+
+    Raises:
+        DataError: if it holds none.
+    """
+    try:
+        record = json.loads(line.text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise line.error(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise line.error(f"expected a JSON object, got {shown(record)}")
+    return record
+
+
+def shown(value: Any) -> str:
+    """A value of a file as messages quote it."""
+    return "nothing" if value is None else json.dumps(value, ensure_ascii=False)[:60]
+
 
 def decode_line(path: Path, number: int, raw: bytes) -> str:
     """The text of a line.
@@ -77,7 +106,7 @@ def read_lines(path: Path, bad: BadLines) -> Iterator[Line]:
         DataError: for a line that is not UTF-8, unless bad lines are skipped.
     """
     if not path.is_file():
-        raise ValueError(f"data file not found: {path}" if not path.exists() else f"{path} is not a file")
+        raise ValueError(f"file not found: {path}" if not path.exists() else f"{path} is not a file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     offset = 0
