@@ -41,8 +41,9 @@ void verify(std::uintptr_t target_logits, int logit_type, int64_t target_stride,
             std::uintptr_t tokens, int64_t tokens_stride, std::uintptr_t tree, std::uintptr_t positions,
             const fastspec::SamplingParams& sampling, std::uintptr_t path, std::uintptr_t num_accepted,
             std::uintptr_t next_token, std::uintptr_t invalid, int batch_size, int num_nodes, int num_inner,
-            int max_depth, int vocab_size, int root_ahead, int root_inner_ahead, int rule, int cluster_size,
-            std::uintptr_t clock, std::uintptr_t stream) {
+            int max_depth, int vocab_size, int root_ahead, int root_inner_ahead, int rule, int group_size,
+            std::uintptr_t mail, int mail_rows, std::uintptr_t clock, std::uintptr_t stream) {
+  const fastspec::Mailbox mailbox = fastspec::verify_mailbox(mail_rows, vocab_size);
   const fastspec::VerifyParams params = {.target_logits = pointer<const void>(target_logits),
                                          .draft_logits = pointer<const float>(draft_logits),
                                          .tokens = pointer<const int64_t>(tokens),
@@ -64,7 +65,11 @@ void verify(std::uintptr_t target_logits, int logit_type, int64_t target_stride,
                                          .root_ahead = root_ahead,
                                          .root_inner_ahead = root_inner_ahead,
                                          .rule = static_cast<fastspec::Rule>(rule),
-                                         .cluster_size = cluster_size,
+                                         .group_size = group_size,
+                                         .slicing = fastspec::Slicing(vocab_size),
+                                         .mail = pointer<void>(mail),
+                                         .mail_size = mailbox.size,
+                                         .mail_rows = mailbox.num_rows,
                                          .clock = pointer<int64_t>(clock)};
   check(fastspec::verify(params, pointer<void>(stream)), "fastspec verify kernel");
 }
@@ -275,7 +280,9 @@ PYBIND11_MODULE(_C, m) {
       .def("launch", &Loop::launch);
   m.def("load", &load);
   m.def("driver_version", &driver_version);
-  m.def("max_verify_group", &fastspec::max_verify_group);
+  m.def("verify_mail_messages",
+        [](int num_rows, int vocab_size) { return fastspec::verify_mailbox(num_rows, vocab_size).size; });
+  m.def("verify_group_size", &fastspec::verify_group_size);
   m.def("max_propose_group", &fastspec::max_propose_group);
   m.attr("architectures") = FASTSPEC_ARCHITECTURES;
   m.attr("cuda_version") = CUDART_VERSION;

@@ -48,8 +48,20 @@ struct TreeNode {
   int16_t num_ahead, num_inner_ahead;
 };
 
-constexpr int kMaxRowsAtOnce = 16;  // rows of logits that are read together: target and draft
+constexpr int kMaxSlices = 128;     // parts of the vocabulary that blocks share
 constexpr int kMaxVocab = 1 << 18;
+
+// How the vocabulary is dealt out: tiles of 512 tokens, and slices of as many tiles as make at most kMaxSlices.
+struct Slicing {
+  int num_tiles, tiles_per_slice, num_slices;
+  explicit Slicing(int vocab_size);
+};
+
+// Room for the messages of a group: about so many rows at a time, in all so many of 16 bytes.
+struct Mailbox {
+  int num_rows;
+  int64_t size;
+};
 
 struct VerifyParams {
   const void* target_logits;  // [B, N, target_stride]
@@ -67,7 +79,12 @@ struct VerifyParams {
   int batch_size, num_nodes, num_inner, max_depth, vocab_size;
   int root_ahead, root_inner_ahead;  // num_ahead and num_inner_ahead of the root, known before the tree is read
   Rule rule;
-  int cluster_size;
+  int group_size;  // blocks per sequence
+  Slicing slicing;
+  int max_local = 0;  // slices of a block at most; verify() sets it
+  void* mail;         // [B, mail_size] messages, zeros before the first launch; launches must not overlap
+  int64_t mail_size;  // these are a Mailbox
+  int mail_rows;
   int64_t* clock;  // [kNumMarks] cycles at each Mark, for measuring; may be null
 };
 
@@ -215,7 +232,8 @@ int launch_loop(const LoopGraph& loop, void* stream);
 void destroy_loop(LoopGraph* loop);
 
 // The most blocks that can work on one sequence (or row) together on the current device; 1 before sm_90.
-int max_verify_group();
+Mailbox verify_mailbox(int num_rows, int vocab_size);
+int verify_group_size(int batch_size, int vocab_size);  // the best on the current device
 int max_propose_group();
 
 // Slots of the ring through which a pass would stream weights on the current device; it needs at least kMinSlots.

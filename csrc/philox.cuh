@@ -69,14 +69,16 @@ __device__ __forceinline__ float exponential_of(float t) {
 }
 
 // Unit exponentials -log1p(-t), t = (k + 1/2) / 2**53, of a quad of lanes, with full relative accuracy: the smallest
-// ones decide whether an improbable token is ever drawn, so their low bits count.
+// ones decide whether an improbable token is ever drawn, so their low bits count. Where all wait for the slowest warp,
+// and one in two and a half has a small one, the low words had better be computed always.
+template <bool kAlways = false>
 __device__ __forceinline__ float4 exponentials(const NoiseKey& key, uint32_t quad) {
   constexpr float kSmall = 0x1p-8f;  // from here on the low word is below half a unit in the last place
   const uint4 high = philox_block(key, quad, Half::kHigh);
   float4 t = {__uint2float_rn(high.x) * 0x1p-32f, __uint2float_rn(high.y) * 0x1p-32f,
               __uint2float_rn(high.z) * 0x1p-32f, __uint2float_rn(high.w) * 0x1p-32f};
-  if (fminf(fminf(t.x, t.y), fminf(t.z, t.w)) < kSmall) {
-    const uint4 low = philox_call(key, quad, Half::kLow);
+  if (kAlways || fminf(fminf(t.x, t.y), fminf(t.z, t.w)) < kSmall) {
+    const uint4 low = kAlways ? philox_block(key, quad, Half::kLow) : philox_call(key, quad, Half::kLow);
     const auto refine = [](float coarse, uint32_t upper, uint32_t lower) {
       const uint64_t bits = static_cast<uint64_t>(upper) << 21 | lower >> 11;
       return coarse < kSmall ? (__ull2float_rn(bits) + 0.5f) * 0x1p-53f : coarse;

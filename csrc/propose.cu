@@ -114,7 +114,7 @@ __device__ __forceinline__ RowStats group_statistics(Shared& shared, const Task<
   if (task.law.cuts()) {
     if (threadIdx.x == 0) shared.exchange.expect(0, sizeof(RowStats));
     if (group_rank() == 0) {
-      const BlockRow<kType> row = {task.row, &shared.penalties, task.node, task.depth};
+      const BlockRow<kType, 4> row = {task.row, &shared.penalties, task.node, task.depth};
       const RowStats stats = cut_statistics(row, task.law, shared.scratch);
       if (warp_index() == 0) Broadcast<RowStats>(&shared.stats, shared.exchange, 0).store(0, stats);
     }

@@ -1,44 +1,14 @@
 // A ring of slots in shared memory that one warp fills by bulk copies and all consumer warps empty, in one order.
 //
-// A slot is full when its bytes have arrived and empty when every consumer warp has left it. Compiled with
-// -DFASTSPEC_SPIN_LIMIT=n, whoever waits longer than n polls says where and traps.
+// A slot is full when its bytes have arrived and empty when every consumer warp has left it.
 #pragma once
 
 #include <cstdint>
 
-#ifdef FASTSPEC_SPIN_LIMIT
-#include <cstdio>
-#endif
-
 #include "group.cuh"
+#include "patience.cuh"
 
 namespace fastspec {
-
-// Counts the polls of a wait.
-class Patience {
- public:
-  __device__ __forceinline__ Patience(const char* place, int detail) {
-#ifdef FASTSPEC_SPIN_LIMIT
-    place_ = place, detail_ = detail;
-#else
-    (void)place, (void)detail;
-#endif
-  }
-  __device__ __forceinline__ void poll() {
-#ifdef FASTSPEC_SPIN_LIMIT
-    if (++polls_ < FASTSPEC_SPIN_LIMIT) return;
-    printf("block %d thread %d waits for %s %d\n", blockIdx.x, threadIdx.x, place_, detail_);
-    __trap();
-#endif
-  }
-
-#ifdef FASTSPEC_SPIN_LIMIT
- private:
-  const char* place_;
-  int detail_;
-  long long polls_ = 0;
-#endif
-};
 
 constexpr int kMaxSlots = 24;
 

@@ -29,8 +29,8 @@ struct ThresholdScratch {
   unsigned long long weights[kCandidates];
 };
 
-// The row of a tree node as a block reads it.
-template <LogitType kType>
+// The row of a tree node as a block reads it, kUnroll loads of each thread under way at a time.
+template <LogitType kType, int kUnroll>
 struct BlockRow {
   Row<kType> row;
   const Penalties* penalties;
@@ -39,7 +39,6 @@ struct BlockRow {
   // Calls visit(x) with four logits at a time, this thread's share of the row; the same share at every call.
   template <typename Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
-    constexpr int kUnroll = 4;
     constexpr int kStep = kThreads * 4;
     const bool vector = row.vectors(), penalised = penalties->touch(depth);
 #pragma unroll 1
@@ -59,8 +58,8 @@ struct BlockRow {
 __device__ __forceinline__ uint64_t fixed_point(float weight) { return __float2ull_rz(weight * 0x1p40f); }
 
 // The mass of the logits whose ordered key is at least `key`, or their number.
-template <bool kCount, LogitType kType>
-__device__ __forceinline__ uint64_t mass_from(uint32_t key, const BlockRow<kType>& row, const Law& law, float maximum,
+template <bool kCount, typename SomeRow>
+__device__ __forceinline__ uint64_t mass_from(uint32_t key, const SomeRow& row, const Law& law, float maximum,
                                               ThresholdScratch& scratch) {
   uint64_t mass = 0;
   const auto add = [&](float x) {
@@ -71,8 +70,8 @@ __device__ __forceinline__ uint64_t mass_from(uint32_t key, const BlockRow<kType
 }
 
 // The threshold of top-k and top-p by bisection, a pass over the row for each bit.
-template <LogitType kType>
-static __device__ __noinline__ float search_by_bisection(BlockRow<kType> row, Law law, float maximum,
+template <typename SomeRow>
+static __device__ __noinline__ float search_by_bisection(SomeRow row, Law law, float maximum,
                                                          ThresholdScratch& scratch) {
   const uint32_t top = ordered_key(maximum);
   uint32_t kept = ordered_key(-FLT_MAX);
@@ -162,18 +161,14 @@ __device__ __forceinline__ bool search_candidates(const Law& law, int count, boo
   return true;
 }
 
-// Statistics of a row under a law that cuts; every thread of the block returns the same.
-template <LogitType kType>
-static __device__ __noinline__ RowStats cut_statistics(BlockRow<kType> row, Law law, ThresholdScratch& scratch) {
-  const bool needs_whole = law.top_p < 1 && law.top_k == 0;
-  const int thread = static_cast<int>(threadIdx.x);
-  float top = -kInfinity;
-  bool bad = false;
-  row.for_each([&](float4 x) {
-    bad |= !(x.x < kInfinity) | !(x.y < kInfinity) | !(x.z < kInfinity) | !(x.w < kInfinity);
-    top = fmaxf(top, fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)));
-  });
+// Where a search begins: the row's maximum, and a value that enough tokens reach. Also clears the lists.
+struct Bounds {
+  float maximum, lowest;
+};
 
+// From the largest logit of every thread.
+__device__ __forceinline__ Bounds find_bounds(float top, const Law& law, ThresholdScratch& scratch) {
+  const int thread = static_cast<int>(threadIdx.x);
   constexpr int kNucleus = 128;  // a guess of the list that top-p needs; few nuclei are larger
   const int wanted = law.top_k > 0 ? law.top_k : kNucleus;
   uint32_t key = ordered_key(top), bound = key;
@@ -189,9 +184,65 @@ static __device__ __noinline__ RowStats cut_statistics(BlockRow<kType> row, Law 
   scratch.weights[thread] = 0;
   scratch.by_rank[thread] = -kInfinity;
   scratch.candidates[thread] = -kInfinity;
-  bad = __syncthreads_or(bad);
+  __syncthreads();
   const int lane = lane_index() % kWarps;
-  const float maximum = warp_max(scratch.maxima[lane]), lowest = -warp_max(-scratch.bounds[lane]);
+  return {warp_max(scratch.maxima[lane]), -warp_max(-scratch.bounds[lane])};
+}
+
+// Steps 2 and 3: collects the tokens that reach a bound, and searches them.
+template <typename SomeRow>
+__device__ __forceinline__ bool search(const SomeRow& row, float top, float lowest, bool complete, double whole,
+                                       const Law& law, RowStats& stats, ThresholdScratch& scratch) {
+  if (top >= lowest && top > -kInfinity) {
+    const auto collect = [&](float x) {
+      if (x >= lowest && x > -kInfinity) {
+        const int place = atomicAdd(&scratch.count, 1);
+        if (place < kCandidates) scratch.candidates[place] = x;
+      }
+    };
+    row.for_each([&](float4 x) { collect(x.x), collect(x.y), collect(x.z), collect(x.w); });
+  }
+  __syncthreads();
+  const int count = scratch.count;
+  return count <= kCandidates && (complete || law.top_k <= count) &&
+         search_candidates(law, count, complete, whole, stats, scratch);
+}
+
+// Some of the logits of a row, the largest among them; four per thread.
+struct ListedRow {
+  float logits[4] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
+
+  template <typename Visit>
+  __device__ __forceinline__ void for_each(Visit visit) const {
+    visit(float4{logits[0], logits[1], logits[2], logits[3]});
+  }
+};
+
+// Statistics of a row from a list; `others` is no less than all logits that are not in it. False if the list does not
+// tell: the law must be top-k or top-p, and the threshold above the others.
+__device__ __forceinline__ bool listed_statistics(const ListedRow& row, float others, double whole, const Law& law,
+                                                  RowStats& stats, ThresholdScratch& scratch) {
+  if (law.top_k == 0 && !(law.top_p < 1)) return false;
+  const float top = fmaxf(fmaxf(row.logits[0], row.logits[1]), fmaxf(row.logits[2], row.logits[3]));
+  const Bounds bounds = find_bounds(top, law, scratch);
+  const bool complete = bounds.lowest == -kInfinity && others == -kInfinity;
+  stats = {bounds.maximum, -kInfinity, law.min_p, 0.0f, 0, true};
+  return search(row, top, bounds.lowest, complete, whole, law, stats, scratch) && stats.threshold > others;
+}
+
+// Statistics of a row under a law that cuts; every thread of the block returns the same.
+template <typename SomeRow>
+static __device__ __noinline__ RowStats cut_statistics(SomeRow row, Law law, ThresholdScratch& scratch) {
+  const bool needs_whole = law.top_p < 1 && law.top_k == 0;
+  float top = -kInfinity;
+  bool bad = false;
+  row.for_each([&](float4 x) {
+    bad |= !(x.x < kInfinity) | !(x.y < kInfinity) | !(x.z < kInfinity) | !(x.w < kInfinity);
+    top = fmaxf(top, fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)));
+  });
+  bad = __syncthreads_or(bad);
+  const Bounds bounds = find_bounds(top, law, scratch);
+  const float maximum = bounds.maximum;
   RowStats stats = {maximum, -kInfinity, law.min_p, 0.0f, 0, !bad && maximum > -kInfinity};
   if (!stats.valid) return stats;
 
@@ -210,22 +261,8 @@ static __device__ __noinline__ RowStats cut_statistics(BlockRow<kType> row, Law 
     stats.inverse_mass = static_cast<float>(1.0 / whole);
     return stats;
   }
-  if (top >= lowest && top > -kInfinity) {
-    const auto collect = [&](float x) {
-      if (x >= lowest && x > -kInfinity) {
-        const int place = atomicAdd(&scratch.count, 1);
-        if (place < kCandidates) scratch.candidates[place] = x;
-      }
-    };
-    row.for_each([&](float4 x) { collect(x.x), collect(x.y), collect(x.z), collect(x.w); });
-  }
-  __syncthreads();
-  const int count = scratch.count;
-  const bool complete = lowest == -kInfinity;
-  if (count <= kCandidates && (complete || law.top_k <= count) &&
-      search_candidates(law, count, complete, whole, stats, scratch)) {
-    return stats;
-  }
+  const bool complete = bounds.lowest == -kInfinity;
+  if (search(row, top, bounds.lowest, complete, whole, law, stats, scratch)) return stats;
   stats.threshold = search_by_bisection(row, law, maximum, scratch);
   double mass = 0;
   row.for_each([&](float4 x) {

@@ -1,370 +1,112 @@
 // Verification in one launch: from the logits of all tree nodes to the accepted path and the next token.
 //
-// A group of blocks (a cluster on sm_90) works on one sequence. The vocabulary is cut into tiles of 512 tokens; a tile
-// belongs to one block, whatever the row, so that a row read twice comes from the nearest cache.
+// A group of blocks works on one sequence: at batch 1 as many as there are slices of the vocabulary, up to one per
+// multiprocessor. A slice is one or more tiles of 512 tokens and belongs to one block, whatever the row, so that a row
+// read twice comes from the nearest cache. Blocks talk by messages through device memory (mail.cuh).
 //
-//   1. read         every warp takes the statistics of its tiles of the first rows of the tree and writes them into the
-//                   shared memory of all blocks; for laws that cut tokens a block takes a row (threshold.cuh)
-//   2. statistics   one group barrier; each block merges the tiles, and each node's thread prepares its test
-//   3. walk         the first warp of every block decides the same path from the same numbers. Where a rule needs a sum
-//                   or a draw over the vocabulary the group makes a pass over that row: a warp per quarter tile, one
-//                   barrier. Where the path leaves the rows that are known, the next ones are read as in 1.
+//   1. read         every warp takes the statistics of slices of the first rows of the tree and sends them to all
+//                   blocks; of rows whose law cuts tokens (top-k, top-p, min-p), with each slice's eight largest
+//                   logits, to the one block that finds the row's threshold and sends it to all
+//   2. statistics   each block merges the slices of every row, and each node's thread prepares its test
+//   3. walk         the first warp of every block decides the same path from the same numbers (walk.cuh). Where a rule
+//                   needs a sum or a draw over the vocabulary the group makes a pass over that row, or over several
+//                   at once. Where the path leaves the rows that are known, the next ones are read as in 1.
 //   4. output       one block writes
 //
-// Sums are taken over fixed tiles in a fixed order, so results do not depend on the size of the group.
+// Sums are taken over fixed slices in a fixed order, so results do not depend on the size of the group.
 
-#include "group.cuh"
+#include <algorithm>
+
 #include "launch.cuh"
+#include "mail.cuh"
 #include "params.h"
 #include "philox.cuh"
 #include "rows.cuh"
 #include "threshold.cuh"
+#include "walk.cuh"
 
 namespace fastspec {
 namespace {
 
-constexpr int kMaxRows = 2 * kMaxNodes;
-constexpr int kQuarter = kTile / 4;  // tokens of a pass, four per lane
-
-// Masses below this are what rounding leaves of a residual in single precision: the law before it stays.
-constexpr float kRounding = 1e-6f;
-// Stands for the infinite ratio p / q where q = 0: products with r stay numbers.
-constexpr float kHugeRatio = 1e30f;
-
-// What a pass finds in a quarter of a tile: the mass of w, that of q over the tokens not removed, and the winner of
-// the race.
-struct alignas(16) Partial {
-  float sum;
-  float left;
-  Best best;
-};
-
-// What a pass over the row of a node shall find: the mass of w = [a p - c q]+, and a draw from it if there is a race.
-struct Request {
-  int node;
-  float a, c;
-  int num_removed;  // tokens removed before keep the c they had
-  bool race;
-  Stream stream;
-};
-
-// Where the path stops and the token after it, -1 if the node has no law.
-struct Decision {
-  int stop, next;
-};
-
-// What the walk needs before it can go on.
-enum class Need { kRead, kPass, kNothing };
-enum class Phase { kArrive, kTest, kRest, kDraw, kLastDraw };
-
-// Where the walk over the tree stands.
-struct WalkState {
-  Need need;
-  Request request;
-  Decision decision;
-  Phase phase;
-  int node;  // where the path has come to, and what to read
-  int limit, length;  // block verification: nodes still to be tested, nodes drafted
-  int child, num_removed;  // recursive rejection: the sibling to be tested, rejected ones before it,
-  float mass, left;  // what is left of p and of q,
-  float c, previous;  // and how much of q was taken off p
-};
-
-// A node's test: probabilities of its token at its parent, and its uniform.
-struct alignas(16) Test {
-  float p, q, uniform;
-  int token;  // -1: nothing was drafted, or the parent has no law
-};
-
-enum class Known : int { kNo, kYes, kInvalid };  // of a node's row
-
-// A block's copy of all it knows about its sequence; the blocks of a group hold the same values.
-struct Shared {
-  Exchange exchange;
-  ThresholdScratch scratch;
-  RowStats stats[kMaxRows];  // target rows, then draft rows
-  TreeNode tree[kMaxNodes];
-  Penalties penalties;  // and with them the tokens and parents of the tree
-  Test tests[kMaxNodes];
-  Known known[kMaxNodes];
-  int next[kMaxNodes];  // greedy: the child that the argmax leads to; kMaxNodes if none
-  int removed_token[kMaxNodes];  // rejected siblings at the current node,
-  float removed_scale[kMaxNodes];  // and how much of q was taken off them
-  WalkState walk;
-  Law law;
-  int64_t seed;
-  int64_t position;
-};
-
-__host__ __device__ constexpr int num_tiles(int vocab_size) { return (vocab_size + kTile - 1) / kTile; }
-__host__ __device__ constexpr int tile_bytes(int vocab_size) {
-  return 2 * kMaxRowsAtOnce * num_tiles(vocab_size) * static_cast<int>(sizeof(TileStats));
-}
+constexpr int kPhases = 4;            // warps that share a slice in a pass
+constexpr int kPhase = kTile / kPhases;  // tokens of a tile that each takes, four per lane
+constexpr int kListed = 8;            // of the largest logits of a slice
+constexpr int kKinds = kListed / 2 + 1;  // messages about a slice of a row that is cut; else it is one
 
 // What all functions below share.
 template <LogitType kType>
 struct Context {
   const VerifyParams& params;
   Shared& shared;
-  TileStats* tiles;  // [2, kMaxRowsAtOnce, num_tiles] in shared memory
-  Partial* partials;  // [2, 4 * num_tiles] likewise
-  int sequence;
-  int num_tiles;
+
+  __device__ __forceinline__ Context(const VerifyParams& params, Shared& shared) : params(params), shared(shared) {}
+
+  // Of the groups, and of the blocks of the group.
+  __device__ __forceinline__ int sequence() const { return static_cast<int>(blockIdx.y); }
+  __device__ __forceinline__ int rank() const { return static_cast<int>(blockIdx.x); }
+  __device__ __forceinline__ int group_size() const { return static_cast<int>(gridDim.x); }
+
+  // The slices of this block: rank, rank + group_size, ...
+  __device__ __forceinline__ int slice(int local) const { return rank() + local * group_size(); }
+  __device__ __forceinline__ int num_local() const {
+    return slice(params.max_local - 1) < params.slicing.num_slices ? params.max_local : params.max_local - 1;
+  }
 
   __device__ __forceinline__ Row<kType> target_row(int node) const {
-    return {params.target_logits, (static_cast<int64_t>(sequence) * params.num_nodes + node) * params.target_stride,
+    return {params.target_logits, (static_cast<int64_t>(sequence()) * params.num_nodes + node) * params.target_stride,
             params.vocab_size};
   }
   __device__ __forceinline__ DraftRow draft_row(int inner_row) const {
-    return {params.draft_logits, (static_cast<int64_t>(sequence) * params.num_inner + inner_row) * params.vocab_size,
+    return {params.draft_logits, (static_cast<int64_t>(sequence()) * params.num_inner + inner_row) * params.vocab_size,
             params.vocab_size};
   }
   __device__ __forceinline__ NoiseKey key(Stream stream, int node) const {
     return noise_key(shared.seed, shared.position, stream, node);
   }
+
+  // The group's mailbox. Of what is sent again and again there are two halves, used in turn: a block sends for the next
+  // exchange but one when it has had the next one's messages from all others, so nobody still waits for the last one's.
+  // Where they lie is kept in shared memory: the compiler would keep it in registers otherwise, and spill others.
+  __device__ __forceinline__ Message* header() const {  // how many launches there have been
+    return static_cast<Message*>(params.mail) + sequence() * params.mail_size;
+  }
+  __device__ __forceinline__ void open_mailbox(int half) const {
+    const int slices = params.slicing.num_slices;
+    Message* const all = header() + 1;
+    Message* const about_rows = all + 2 * kKinds * params.mail_rows * slices;
+    Message* const about_parts = about_rows + 4 * params.mail_rows;
+    shared.mail[half] = {all + half * kKinds * params.mail_rows * slices, about_rows + half * 2 * params.mail_rows,
+                         about_parts + half * 2 * kMaxRequests * slices};
+  }
+  __device__ __forceinline__ Message* about_slice(int kind, int row, int slice) const {
+    return shared.mail[half()].slices + ((kind * params.mail_rows + row) * params.slicing.num_slices + slice);
+  }
+  __device__ __forceinline__ Message* about_row(int kind, int row) const {
+    return shared.mail[half()].rows + (kind * params.mail_rows + row);
+  }
+  __device__ __forceinline__ Message* about_part(int kind, int request, int slice) const {
+    return shared.mail[half()].parts + ((kind * kMaxRequests + request) * params.slicing.num_slices + slice);
+  }
+  // The number of the exchange that is under way, and which half it uses.
+  __device__ __forceinline__ uint64_t number() const {
+    return (shared.epoch + 1) << 16 | static_cast<uint32_t>(shared.walk.reads + shared.walk.passes);
+  }
+  __device__ __forceinline__ int half() const {
+    return (shared.walk.need == Need::kRead ? shared.walk.reads : shared.walk.passes) & 1;
+  }
+
   __device__ __forceinline__ void note(Mark mark) const {
-    if (params.clock != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
+    if (params.clock != nullptr && rank() == 0 && sequence() == 0 && threadIdx.x == 0) {
       params.clock[static_cast<int>(mark)] = clock64();
     }
   }
-};
-
-// The walk over the tree, by the first warp of a block. It stops wherever it needs the whole group, and is called again
-// with what the group found; `phase` says where it stopped.
-class Walk {
- public:
-  __device__ __forceinline__ Walk(const VerifyParams& params, Shared& shared)
-      : params_(params), shared_(shared), at_(shared.walk) {}
-
-  __device__ __forceinline__ void start() {
-    at_ = {};
-    at_.limit = params_.num_nodes - 1;
-    at_.length = -1;
-  }
-
-  __device__ __forceinline__ void resume(const Partial& found) {
-    if (shared_.law.greedy || params_.draft_logits == nullptr) {
-      if (lane_index() == 0) match(found);
-    } else if (params_.rule == Rule::kBlock) {
-      block_verification(found);
-    } else {
-      if (lane_index() == 0) recursive_rejection(found);
-    }
-  }
-
- private:
-  __device__ __forceinline__ void read(int node) { at_.need = Need::kRead, at_.node = node; }
-  __device__ __forceinline__ void pass(Phase next, const Request& request) {
-    at_.need = Need::kPass, at_.phase = next, at_.request = request;
-  }
-  __device__ __forceinline__ void finish(int stop, int next) { at_.need = Need::kNothing, at_.decision = {stop, next}; }
-
-  // Temperature 0, target-only and drafter-invariant: one token per row, followed while it is a child.
-  __device__ __forceinline__ void match(const Partial& found) {
-    int node = at_.node;
-    if (at_.phase == Phase::kDraw) {
-      const int first = shared_.tree[node].first_child, end = first + shared_.tree[node].num_children;
-      int child = first;
-      while (child < end && shared_.penalties.tokens[child] != found.best.token) ++child;
-      if (child == end) return finish(node, found.best.token);
-      node = child;
-      at_.phase = Phase::kArrive;
-    }
-    for (;;) {
-      const Known known = shared_.known[node];
-      const int next = shared_.next[node];
-      if (known == Known::kNo) return read(node);
-      if (known == Known::kInvalid) return finish(node, -1);
-      if (!shared_.law.greedy) {
-        at_.node = node;
-        const bool coupled = params_.rule == Rule::kDrafterInvariant;
-        return pass(Phase::kDraw, {node, 1.0f, 0.0f, 0, true, coupled ? Stream::kCoupled : Stream::kTarget});
-      }
-      if (next == kMaxNodes) return finish(node, shared_.stats[node].argmax);
-      node = next;
-    }
-  }
-
-  // Block verification: the last node up to `limit` whose test may succeed, its r, and the last that was drafted.
-  struct Candidate {
-    int stop;
-    float r;
-    int end;
-    bool known;  // whether the rows up to `end` are
-  };
-
-  // r_i = min(1, r_{i-1} p_i / q_i) for all nodes of a chain: functions min(bound, factor * r) composed by a scan.
-  __device__ __forceinline__ Candidate candidate(int limit) const {
-    Candidate found = {0, 1.0f, 0, true};
-    float carried = 1;
-#pragma unroll 1
-    for (int base = 0; base < limit; base += 32) {
-      const int node = base + lane_index() + 1;
-      const bool inside = node <= limit;
-      const Known known = inside ? shared_.known[node - 1] : Known::kYes;
-      const Test test = shared_.tests[inside ? node : 0];
-      const bool drafted = inside && known != Known::kNo && test.token >= 0;
-      float bound = 1;
-      float factor = test.q > 0 ? fminf(test.p / test.q, kHugeRatio) : (test.p > 0 ? kHugeRatio : 0.0f);
-#pragma unroll
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const float before = __shfl_up_sync(kAllLanes, bound, offset);
-        const float factors = __shfl_up_sync(kAllLanes, factor, offset);
-        if (lane_index() >= offset) {
-          bound = fminf(bound, factor * before);
-          factor = fminf(factor * factors, kHugeRatio);
-        }
-      }
-      const float r = fminf(bound, factor * carried);
-      // Drafted nodes up to the first gap.
-      const uint32_t gaps = __ballot_sync(kAllLanes, !drafted);
-      const int length = gaps == 0 ? 32 : __ffs(static_cast<int>(gaps)) - 1;
-      const bool passes = lane_index() < length && test.uniform <= r;
-      const uint32_t passing = __ballot_sync(kAllLanes, passes);
-      if (passing != 0) {
-        const int lane = 31 - __clz(static_cast<int>(passing));
-        found.stop = base + lane + 1;
-        found.r = __shfl_sync(kAllLanes, r, lane);
-      }
-      found.end = base + length;
-      if (length < 32) {
-        found.known = __shfl_sync(kAllLanes, static_cast<int>(known), length) != static_cast<int>(Known::kNo);
-        break;
-      }
-      carried = __shfl_sync(kAllLanes, r, 31);
-    }
-    return found;
-  }
-
-  // Chain, block verification (Sun et al. 2403.10444): the last i whose test u_i <= h_i succeeds. All lanes decide the
-  // same; the first one writes.
-  __device__ __forceinline__ void block_verification(const Partial& found) {
-    const Phase phase = at_.phase;
-    const Request request = at_.request;
-    int limit = at_.limit, length = at_.length;
-    __syncwarp();
-    const bool writes = lane_index() == 0;
-    const auto draw_from = [&](Phase next, int node, float a, float c) {
-      if (writes) pass(next, {node, a, c, 0, true, Stream::kEmit});
-    };
-
-    const int stop = request.node;
-    bool done = phase == Phase::kLastDraw || phase == Phase::kDraw;
-    if (phase == Phase::kTest) {
-      const float denominator = found.sum + (1 - request.a);
-      const float h = denominator > 0 ? found.sum / denominator : 1.0f;
-      done = shared_.tests[stop].uniform <= h;
-      limit = stop - 1;
-    }
-    if (done) {
-      if (phase != Phase::kLastDraw && !(found.sum > kRounding)) return draw_from(Phase::kLastDraw, stop, 1.0f, 0.0f);
-      if (writes) finish(stop, found.best.token);
-      return;
-    }
-    // h <= r: most tests fail without their sum over the vocabulary.
-    const Candidate last = candidate(limit);
-    if (writes) at_.phase = Phase::kArrive, at_.limit = limit;
-    if (!last.known) {
-      if (writes) read(last.end);
-      return;
-    }
-    if (length < 0) length = last.end;
-    if (writes) at_.length = length;
-    if (last.stop == length) {
-      const Known known = shared_.known[length];
-      if (known == Known::kYes) return draw_from(Phase::kLastDraw, length, 1.0f, 0.0f);
-      if (writes) known == Known::kNo ? read(length) : finish(length, -1);
-      return;
-    }
-    draw_from(last.stop > 0 ? Phase::kTest : Phase::kDraw, last.stop, last.r, 1.0f);
-  }
-
-  // Top-down tests of siblings drawn without replacement (RSD 2402.14160); a chain has one child each.
-  //
-  // After some rejections the target's law at the node is [p - c q]+ / mass for one scalar c, but for the rejected
-  // tokens, whose q is gone and whose c stands still.
-  __device__ __forceinline__ void recursive_rejection(const Partial& found) {
-    int node = at_.node;
-    if (at_.phase == Phase::kLastDraw) return finish(node, found.best.token);
-    if (at_.phase == Phase::kDraw) {
-      if (!(at_.c > 0) || found.sum > kRounding) return finish(node, found.best.token);
-      restore(at_.previous);
-      return pass(Phase::kLastDraw, {node, 1.0f, at_.previous, at_.num_removed, true, Stream::kEmit});
-    }
-    if (at_.phase == Phase::kRest) {
-      // What is left of q is summed anew: 1 - q has no digits where a draft was sure of what it drew first.
-      at_.left = found.left;
-      if (found.sum > kRounding) {
-        at_.mass = found.sum;
-      } else {
-        at_.c = at_.previous;
-        restore(at_.c);
-      }
-      ++at_.child;
-    }
-    for (;;) {
-      const int first = shared_.tree[node].first_child;
-      int last = first + shared_.tree[node].num_children - 1;
-      if (at_.phase == Phase::kArrive) {
-        const Known known = shared_.known[node];
-        if (known == Known::kNo) return read(node);
-        if (known == Known::kInvalid) return finish(node, -1);
-        at_.child = first;
-        at_.mass = at_.left = 1, at_.c = at_.previous = 0, at_.num_removed = 0;
-        at_.phase = Phase::kTest;
-      }
-      while (last >= at_.child && shared_.tests[last].token < 0) --last;
-      for (; at_.child <= last; ++at_.child) {
-        const Test test = shared_.tests[at_.child];
-        if (test.token < 0) continue;
-        if (accepts(test)) break;
-        if (at_.child < last && at_.c != at_.previous) {  // only a later test needs the masses
-          at_.node = node;
-          return pass(Phase::kRest, {node, 1.0f, at_.c, at_.num_removed, false, Stream::kEmit});
-        }
-      }
-      if (at_.child > last) {
-        at_.node = node;
-        return pass(Phase::kDraw, {node, 1.0f, at_.c, at_.num_removed, true, Stream::kEmit});
-      }
-      node = at_.child;
-      at_.phase = Phase::kArrive;
-    }
-  }
-
-  // Accepts with probability min(1, (p / mass) / (q / left)), or removes the token.
-  __device__ __forceinline__ bool accepts(const Test& test) {
-    float q = test.q, taken = at_.c;
-    for (int j = 0; j < at_.num_removed; ++j) {
-      if (shared_.removed_token[j] == test.token) taken = shared_.removed_scale[j], q = 0;
-    }
-    const float p = fmaxf(test.p - taken * test.q, 0.0f);
-    if (q > 0 && at_.left > 0 ? test.uniform * q * at_.mass <= p * at_.left : p > 0) return true;
-    at_.previous = at_.c;
-    if (at_.left > 0) at_.c += at_.mass / at_.left;
-    shared_.removed_token[at_.num_removed] = test.token;
-    shared_.removed_scale[at_.num_removed] = q > 0 ? at_.c : taken;
-    ++at_.num_removed;
-    return false;
-  }
-
-  // Undoes the last subtraction for the token rejected last.
-  __device__ __forceinline__ void restore(float scale) {
-    if (at_.num_removed == 0) return;
-    float& removed = shared_.removed_scale[at_.num_removed - 1];
-    removed = fminf(removed, scale);
-  }
-
-  const VerifyParams& params_;
-  Shared& shared_;
-  WalkState& at_;
 };
 
 template <LogitType kType>
 __device__ __forceinline__ void load_sequence(const Context<kType>& context) {
   const VerifyParams& params = context.params;
   Shared& shared = context.shared;
-  const int node = static_cast<int>(threadIdx.x), sequence = context.sequence;
+  const int node = static_cast<int>(threadIdx.x), sequence = context.sequence();
   if (node < params.num_nodes) {
     const TreeNode place = params.tree[node];
     shared.penalties.tokens[node] = static_cast<int>(params.tokens[sequence * params.tokens_stride + node]);
@@ -372,8 +114,13 @@ __device__ __forceinline__ void load_sequence(const Context<kType>& context) {
     shared.penalties.parents[node] = place.parent;
     shared.known[node] = Known::kNo;
     shared.next[node] = kMaxNodes;
+    shared.drawn[node] = kNotDrawn;
     shared.tests[node] = {0, 0, 0, -1};
   }
+  if (threadIdx.x >= kThreads - 160 && threadIdx.x < kThreads - 158) {
+    context.open_mailbox(static_cast<int>(threadIdx.x) - (kThreads - 160));
+  }
+  if (threadIdx.x == kThreads - 128) shared.epoch = *reinterpret_cast<const uint64_t*>(context.header());
   if (threadIdx.x == kThreads - 96) Walk(params, shared).start();
   if (threadIdx.x == kThreads - 32) shared.law = load_law(params.sampling, sequence, params.vocab_size);
   if (threadIdx.x == kThreads - 64) {
@@ -388,53 +135,25 @@ __device__ __forceinline__ void load_sequence(const Context<kType>& context) {
   }
 }
 
-// Rows that are read together: those of a node and of some of its descendants.
-struct Span {
-  int node;
-  int first_child, num_ahead;
-  int inner_row, first_inner, num_inner;
-
-  // The root and what follows it in breadth-first order.
-  __device__ __forceinline__ explicit Span(const VerifyParams& params)
-      : node(0),
-        first_child(1),
-        num_ahead(params.root_ahead),
-        inner_row(params.num_nodes > 1 ? 0 : -1),
-        first_inner(1),
-        num_inner(params.root_inner_ahead) {}
-  __device__ __forceinline__ Span(int node, const TreeNode& place)
-      : node(node),
-        first_child(place.first_child),
-        num_ahead(place.num_ahead),
-        inner_row(place.inner_row),
-        first_inner(place.first_inner_ahead),
-        num_inner(place.num_inner_ahead) {}
-
-  __device__ __forceinline__ int num_targets() const { return 1 + num_ahead; }
-  __device__ __forceinline__ int num_drafts() const { return inner_row < 0 ? 0 : 1 + num_inner; }
-  __device__ __forceinline__ int target(int row) const { return row == 0 ? node : first_child + row - 1; }
-  __device__ __forceinline__ int draft(int row) const { return row == 0 ? inner_row : first_inner + row - 1; }
-  __device__ __forceinline__ bool holds(int other) const {
-    return other == node || (other >= first_child && other < first_child + num_ahead);
-  }
-};
-
-// The tiles of this block in some rows, one after the other, dealt to the warps in turn.
+// The slices of this block in some rows, one after the other, dealt to a number of workers in turn. No division: it
+// would take longer than the work itself.
 struct Items {
-  int row, local, local_tiles;
-  int row_step, local_step;
+  int row, local, num_local, num_workers;
 
-  __device__ __forceinline__ explicit Items(int num_tiles)
-      : local_tiles((num_tiles - group_rank() + group_size() - 1) / group_size()) {
-    // A block without tiles, of a small vocabulary, has no items at all.
-    const int divisor = max(local_tiles, 1);
-    row = local_tiles > 0 ? warp_index() / divisor : INT32_MAX / 2, local = warp_index() % divisor;
-    row_step = kWarps / divisor, local_step = kWarps % divisor;
+  __device__ __forceinline__ Items(int worker, int num_workers, int num_local)
+      : row(0), local(worker), num_local(num_local), num_workers(num_workers) {
+    settle();
   }
-  __device__ __forceinline__ int tile() const { return group_rank() + local * group_size(); }
-  __device__ __forceinline__ void advance() {
-    row += row_step, local += local_step;
-    if (local >= local_tiles) local -= local_tiles, ++row;
+  __device__ __forceinline__ void advance() { local += num_workers, settle(); }
+
+ private:
+  __device__ __forceinline__ void settle() {
+    if (num_local == 1) {
+      row += local, local = 0;
+    } else {
+#pragma unroll 1
+      for (; local >= num_local; local -= num_local) ++row;
+    }
   }
 };
 
@@ -445,34 +164,186 @@ __device__ __forceinline__ void load_tile(const Row<kType>& row, int tile, float
   for (int j = 0; j < kVectors; ++j) x[j] = row.load(lane_token(tile, j), vector);
 }
 
-// Statistics of the rows of a span, and the tests of the children of its nodes.
-template <LogitType kType>
-__device__ __forceinline__ void read(const Context<kType>& context, const Span& span, int turn) {
-  const VerifyParams& params = context.params;
-  Shared& shared = context.shared;
-  const bool first = turn == 0;
-  const int num_targets = span.num_targets();
-  TileStats* tiles = context.tiles + (turn & 1) * kMaxRowsAtOnce * context.num_tiles;
-  Items items(context.num_tiles);
-  float4 x[kVectors];
-  // Under way before the law is known, which may make it needless.
-  if (items.row < num_targets) load_tile(context.target_row(span.target(items.row)), items.tile(), x);
-  if (first) {
-    load_sequence(context);
-    shared.exchange.meet();
+// A lane's share of a slice, of which the largest logits of all lanes are taken one by one. A lane keeps its first
+// three; if all of them are taken, what it knows of the next is that the third was no less.
+struct LargestThree {
+  float first = -kInfinity, second = -kInfinity, third = -kInfinity;
+  int taken = 0;
+
+  __device__ __forceinline__ void add(float x) {
+    const float rest = fminf(first, x);
+    first = fmaxf(first, x);
+    const float least = fminf(second, rest);
+    second = fmaxf(second, rest);
+    third = fmaxf(third, least);
   }
-  const Broadcast<TileStats> out(tiles, shared.exchange, turn);
-  const Law& law = shared.law;
-  const bool greedy = law.greedy, cuts = law.cuts(), with_draft = params.draft_logits != nullptr && !greedy;
-  const int num_drafts = with_draft ? span.num_drafts() : 0, num_rows = num_targets + num_drafts;
-  const float scale = law.scale;
-  if (threadIdx.x == 0) {
-    const int tile_rows = cuts ? num_drafts : num_rows;
-    shared.exchange.expect(turn, tile_rows * context.num_tiles * static_cast<int>(sizeof(TileStats)) +
-                                     (num_rows - tile_rows) * static_cast<int>(sizeof(RowStats)));
+  __device__ __forceinline__ void add(const float4 (&x)[kVectors]) {
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) add(x[j].x), add(x[j].y), add(x[j].z), add(x[j].w);
   }
 
-  // What the test of a node reads, if this span holds its parent. The last threads have the fewest items.
+  // The largest eight of all lanes, the i-th to lane i, and no less than all the others to every lane.
+  __device__ __forceinline__ float take(float& others) {
+    float mine = -kInfinity;
+    bool open = true;  // no lane has run out
+#pragma unroll 1
+    for (int i = 0; i < kListed; ++i) {
+      const uint32_t key = ordered_key(first);
+      const uint32_t top = __reduce_max_sync(kAllLanes, key);
+      const uint32_t holders = __ballot_sync(kAllLanes, key == top);
+      const bool holds = lane_index() == __ffs(static_cast<int>(holders)) - 1;
+      if (__any_sync(kAllLanes, holds && taken == 3)) open = false;  // no logit, but a bound of those not kept
+      if (!open) break;
+      if (lane_index() == i) mine = from_ordered_key(top);
+      if (holds) {
+        if (++taken < 3) first = second, second = third;
+      }
+    }
+    others = warp_max(first);
+    return mine;
+  }
+};
+
+// The statistics of a whole slice so far and of its next tile.
+__device__ __forceinline__ TileStats join(TileStats before, TileStats next, float scale, bool greedy) {
+  const float maximum = fmaxf(before.maximum, next.maximum);
+  if (greedy) {
+    const int a = __float_as_int(before.mass), b = __float_as_int(next.mass);
+    const bool bad = a < 0 || b < 0;
+    const int token = before.maximum == next.maximum ? min(a, b) : before.maximum > next.maximum ? a : b;
+    return {maximum, __int_as_float(bad ? -1 : token)};
+  }
+  const auto part = [&](TileStats stats) {
+    return stats.maximum > -kInfinity || isnan(stats.mass) ? stats.mass * exp2_fast((stats.maximum - maximum) * scale)
+                                                           : 0.0f;
+  };
+  return {maximum, part(before) + part(next)};
+}
+
+// Whether a row's statistics are of use: a leaf's are not where tokens are drawn from its law as it is.
+template <LogitType kType>
+__device__ __forceinline__ bool is_read(const Context<kType>& context, int node) {
+  const Law& law = context.shared.law;
+  return law.greedy || law.cuts() || context.shared.tree[node].num_children > 0;
+}
+
+// Reads this block's slices of the rows and sends what it finds.
+template <LogitType kType>
+static __device__ __noinline__ void send_slices(Context<kType> context, int num_rows) {
+  float4 x[kVectors];
+  const Shared& shared = context.shared;
+  const Law& law = shared.law;
+  const bool greedy = law.greedy, cuts = law.cuts();
+  const Span& span = shared.span;
+  const int num_targets = span.num_targets();
+  const uint64_t number = context.number();
+#pragma unroll 1
+  for (Items items(warp_index(), kWarps, context.num_local()); items.row < num_rows; items.advance()) {
+    const bool is_target = items.row < num_targets;
+    const int place = is_target ? span.target(items.row) : 0, depth = shared.tree[place].depth;
+    if (is_target && !is_read(context, place)) continue;
+    const float scale = is_target ? law.scale : kLog2e;
+    const int slice = context.slice(items.local), first = slice * context.params.slicing.tiles_per_slice;
+    const int end = min(first + context.params.slicing.tiles_per_slice, context.params.slicing.num_tiles);
+    TileStats stats = {};
+    LargestThree largest;
+#pragma unroll 1
+    for (int tile = first; tile < end; ++tile) {
+      is_target ? load_tile(context.target_row(place), tile, x)
+                : load_tile(context.draft_row(span.draft(items.row - num_targets)), tile, x);
+      if (is_target && shared.penalties.touch(depth)) {
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) {
+          x[j] = penalise(x[j], shared.penalties, lane_token(tile, j), place, depth, context.params.vocab_size);
+        }
+      }
+      const TileStats next = greedy ? greedy_statistics(x, tile) : tile_statistics(x, scale);
+      stats = tile == first ? next : join(stats, next, scale, greedy);
+      if (cuts && is_target) largest.add(x);
+    }
+    if (cuts && is_target) {
+      float others;
+      const float mine = largest.take(others), neighbour = __shfl_down_sync(kAllLanes, mine, 1);
+      const int kind = lane_index() / 2;
+      const uint64_t content = kind < kListed / 2 ? content_of(mine, neighbour) : content_of(stats.mass, others);
+      if (lane_index() % 2 == 0 && kind < kKinds) {
+        send(context.about_slice(kind, items.row, slice), content, number);
+      }
+    } else if (lane_index() == 0) {
+      send(context.about_slice(0, items.row, slice), content_of(stats.maximum, stats.mass), number);
+    }
+  }
+}
+
+// The threshold of a row that is cut, from the lists of its slices or, if these do not suffice, from all of it; by one
+// block.
+template <LogitType kType>
+static __device__ __noinline__ RowStats find_threshold(Context<kType> context, int row, int node) {
+  constexpr int kMost = (kKinds * kMaxSlices + kThreads - 1) / kThreads;
+  Shared& shared = context.shared;
+  const int num_slices = context.params.slicing.num_slices;
+  // Every warp gets messages from all over the row.
+  const auto index = [](int i) { return warp_index() + kWarps * (lane_index() + 32 * i); };
+  const auto kind = [&](int i) { return index(i) / kMaxSlices; };
+  const auto slice = [&](int i) { return index(i) % kMaxSlices; };
+  const auto inside = [&](int i) { return kind(i) < kKinds && slice(i) < num_slices; };
+  uint64_t contents[kMost];
+  receive(contents, context.number(), inside, [&](int i) { return context.about_slice(kind(i), row, slice(i)); });
+  ListedRow listed;
+  TileStats* const slices = shared.slices[0];
+  float others = -kInfinity;
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    if (!inside(i)) continue;
+    const float first = first_of(contents[i]), second = second_of(contents[i]);
+    if (kind(i) == 0) slices[slice(i)].maximum = first;
+    if (kind(i) < kKinds - 1) {
+      listed.logits[2 * i] = first, listed.logits[2 * i + 1] = second;
+    } else {
+      slices[slice(i)].mass = first, others = second;
+    }
+  }
+  others = warp_max(others);
+  if (lane_index() == 0) shared.others[warp_index()] = others;
+  __syncthreads();
+  const RowStats merged = merge_tiles(slices, num_slices, shared.law.scale, false);
+  others = warp_max(shared.others[lane_index() % kWarps]);
+  RowStats stats = merged;
+  const bool found =
+      merged.valid && listed_statistics(listed, others, 1.0 / merged.inverse_mass, shared.law, stats, shared.scratch);
+  if (merged.valid && !found) {
+    const BlockRow<kType, 1> logits = {context.target_row(node), &shared.penalties, node, shared.tree[node].depth};
+    stats = cut_statistics(logits, shared.law, shared.scratch);
+  }
+  __syncthreads();
+  return stats;
+}
+
+// Statistics of the rows of a span, and the tests of the children of its nodes.
+template <LogitType kType>
+__device__ __forceinline__ void read(const Context<kType>& context) {
+  const VerifyParams& params = context.params;
+  Shared& shared = context.shared;
+  const Span& span = shared.span;
+  const int num_targets = span.num_targets(), num_slices = params.slicing.num_slices;
+  const Law& law = shared.law;
+  const bool greedy = law.greedy, cuts = law.cuts(), with_draft = params.draft_logits != nullptr && !greedy;
+  if (!greedy && !cuts && !with_draft) return;  // draws only
+  const int num_rows = num_targets + (with_draft ? span.num_drafts() : 0);
+
+  send_slices(context, num_rows);
+  if (shared.walk.reads == 0) context.note(Mark::kRead);
+  if (cuts) {
+#pragma unroll 1
+    for (int row = context.rank(); row < num_targets; row += context.group_size()) {
+      const RowStats stats = find_threshold(context, row, span.target(row));
+      if (threadIdx.x == 0) {
+        send(context.about_row(0, row), content_of(stats.maximum, stats.threshold), context.number());
+        send(context.about_row(1, row), content_of(stats.inverse_mass, stats.valid ? 1.0f : 0.0f), context.number());
+      }
+    }
+  }
+  // What the test of a node reads, if this span holds its parent.
   const int node = kThreads - 1 - static_cast<int>(threadIdx.x);
   Test test = {0, 0, 0, -1};
   float target_logit = 0, draft_logit = 0;
@@ -489,51 +360,34 @@ __device__ __forceinline__ void read(const Context<kType>& context, const Span& 
     test.uniform = accept_uniform(context.key(Stream::kAccept, node));
   }
 
-  if (!cuts) {
-    for (bool loaded = true; items.row < num_targets; items.advance(), loaded = false) {
-      const int tile = items.tile(), place = span.target(items.row), depth = shared.tree[place].depth;
-      if (!loaded) load_tile(context.target_row(place), tile, x);
-      if (shared.penalties.touch(depth)) {
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-          x[j] = penalise(x[j], shared.penalties, lane_token(tile, j), place, depth, params.vocab_size);
-        }
-      }
-      out.store(items.row * context.num_tiles + tile, greedy ? greedy_statistics(x, tile) : tile_statistics(x, scale));
-    }
-  } else {
-    while (items.row < num_targets) items.advance();
-  }
-#pragma unroll 1
-  for (; items.row < num_rows; items.advance()) {
-    const int tile = items.tile();
-    load_tile(context.draft_row(span.draft(items.row - num_targets)), tile, x);
-    out.store(items.row * context.num_tiles + tile, tile_statistics(x, kLog2e));
-  }
-  if (cuts) {
-#pragma unroll 1
-    for (int row = group_rank(); row < num_targets; row += group_size()) {
-      const int place = span.target(row);
-      const BlockRow<kType> logits = {context.target_row(place), &shared.penalties, place, shared.tree[place].depth};
-      const RowStats stats = cut_statistics(logits, law, shared.scratch);
-      if (warp_index() == 0) Broadcast<RowStats>(shared.stats, shared.exchange, turn).store(place, stats);
-      __syncthreads();
-    }
-  }
-  if (first) context.note(Mark::kRead);
-  shared.exchange.wait(turn);
-
 #pragma unroll 1
   for (int row = warp_index() + (cuts ? num_targets : 0); row < num_rows; row += kWarps) {
     const bool is_target = row < num_targets;
-    const RowStats stats =
-        merge_tiles(tiles + row * context.num_tiles, context.num_tiles, is_target ? scale : kLog2e, greedy);
+    if (is_target && !is_read(context, span.target(row))) continue;
+    uint64_t contents[kMaxSlices / 32];
+    const auto inside = [&](int i) { return lane_index() + 32 * i < num_slices; };
+    const Message* const from = context.about_slice(0, row, lane_index());
+    receive(contents, context.number(), inside, [&](int i) { return from + 32 * i; });
+    TileStats* const slices = shared.slices[warp_index()];
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kMaxSlices / 32; ++i) {
+      if (inside(i)) slices[lane_index() + 32 * i] = {first_of(contents[i]), second_of(contents[i])};
+    }
+    __syncwarp();
+    const RowStats stats = merge_tiles(slices, num_slices, is_target ? law.scale : kLog2e, greedy);
     if (lane_index() == 0) {
       shared.stats[is_target ? span.target(row) : params.num_nodes + span.draft(row - num_targets)] = stats;
     }
   }
+  if (cuts && node < num_targets) {
+    uint64_t contents[2];
+    receive(contents, context.number(), [](int) { return true; }, [&](int i) { return context.about_row(i, node); });
+    shared.stats[span.target(node)] = {
+        first_of(contents[0]), second_of(contents[0]), law.min_p, first_of(contents[1]), 0, second_of(contents[1]) > 0};
+  }
   __syncthreads();
-  if (node < params.num_nodes && span.holds(node)) {
+  if (node < params.num_nodes && span.holds(node) && is_read(context, node)) {
     shared.known[node] = shared.stats[node].valid ? Known::kYes : Known::kInvalid;
   }
   if (tested) {
@@ -544,7 +398,7 @@ __device__ __forceinline__ void read(const Context<kType>& context, const Span& 
       if (shared.penalties.touch(depth)) {
         target_logit = penalise({target_logit}, shared.penalties, test.token, parent, depth, params.vocab_size).x;
       }
-      test.p = row.weight(scale, target_logit) * row.inverse_mass;
+      test.p = row.weight(law.scale, target_logit) * row.inverse_mass;
       test.q = other.weight(kLog2e, draft_logit) * other.inverse_mass;
       if (row.valid && other.valid) shared.tests[node] = test;
     } else if (greedy && row.valid && row.argmax == test.token) {
@@ -552,26 +406,35 @@ __device__ __forceinline__ void read(const Context<kType>& context, const Span& 
     }
   }
   __syncthreads();
+  if (shared.walk.reads == 0) context.note(Mark::kStatistics);
 }
 
-// The whole group's pass over a row; the first warp of each block returns what it found.
+// Two parts of a row together; the second is of later tokens.
+__device__ __forceinline__ Partial join(Partial a, Partial b, bool bare, float scale) {
+  if (!bare) return {a.sum + b.sum, a.left + b.left, better(a.best, b.best)};
+  const float maximum = fmaxf(a.left, b.left);
+  const float share_a = a.left > -kInfinity ? exp2_fast((a.left - maximum) * scale) : 0.0f;
+  const float share_b = b.left > -kInfinity ? exp2_fast((b.left - maximum) * scale) : 0.0f;
+  a.best.score *= share_a, b.best.score *= share_b;
+  return {a.sum * share_a + b.sum * share_b, maximum, better(a.best, b.best)};
+}
+
+// A warp's part of a slice.
 template <LogitType kType>
-__device__ __forceinline__ Partial pass(const Context<kType>& context, const Request& request, int turn) {
+__device__ __forceinline__ Partial pass_over(const Context<kType>& context, const Request& request, int slice,
+                                             int phase) {
   const VerifyParams& params = context.params;
-  Shared& shared = context.shared;
-  const int num_quarters = 4 * context.num_tiles, num_removed = request.num_removed;
-  const float c = request.c;
-  const bool subtract = c > 0, race = request.race;
-  Partial* partials = context.partials + (turn & 1) * num_quarters;
-  const Broadcast<Partial> out(partials, shared.exchange, turn);
-  if (threadIdx.x == 0) shared.exchange.expect(turn, num_quarters * static_cast<int>(sizeof(Partial)));
+  const Shared& shared = context.shared;
+  const float scale = shared.law.scale, c = request.c;
+  const bool subtract = c > 0, bare = request.bare;
   const Row<kType> row = context.target_row(request.node);
-  const DraftRow other = context.draft_row(subtract ? shared.tree[request.node].inner_row : 0);
+  const int inner_row = subtract ? shared.tree[request.node].inner_row : 0;
+  const DraftRow other = context.draft_row(inner_row);
   const bool vector = row.vectors(), other_vector = other.vectors();
-  const RowStats stats = shared.stats[request.node];
-  const RowStats other_stats =
-      shared.stats[subtract ? params.num_nodes + shared.tree[request.node].inner_row : request.node];
-  const float scale = shared.law.scale, p_scale = request.a * stats.inverse_mass;
+  RowStats stats = {0.0f, -kInfinity, 0.0f, 1.0f, 0, true}, other_stats = stats;
+  if (!bare) stats = shared.stats[request.node];
+  if (subtract) other_stats = shared.stats[params.num_nodes + inner_row];
+  const float p_scale = request.a * stats.inverse_mass;
   const int depth = shared.tree[request.node].depth;
   const bool penalised = shared.penalties.touch(depth);
   NoiseKey key = context.key(request.stream, request.node);
@@ -579,67 +442,134 @@ __device__ __forceinline__ Partial pass(const Context<kType>& context, const Req
     key = context.key(Stream::kCoupled, 0);
     key.position += depth;
   }
-
+  Partial result = {0, bare ? -kInfinity : 0.0f, {-1.0f, params.vocab_size}};
 #pragma unroll 1
-  for (int local = warp_index();; local += kWarps) {
-    const int quarter = 4 * (group_rank() + local / 4 * group_size()) + local % 4;
-    if (quarter >= num_quarters) break;
-    const int first = quarter * kQuarter + lane_index() * 4;
+  for (int i = 0; i < context.params.slicing.tiles_per_slice; ++i) {
+    const int tile = slice * context.params.slicing.tiles_per_slice + i;
+    const int first = tile * kTile + phase * kPhase + lane_index() * 4;
     float4 x = row.load(first, vector), y = {};
     if (subtract) y = other.load(first, other_vector);
     if (penalised) x = penalise(x, shared.penalties, first, request.node, depth, params.vocab_size);
+    Partial found = {0, 0, {-1.0f, params.vocab_size}};
+    if (bare) {
+      found.left = warp_max(fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)));
+      stats.maximum = found.left > -kInfinity ? found.left : 0.0f;
+    }
     float w[4] = {stats.weight(scale, x.x) * p_scale, stats.weight(scale, x.y) * p_scale,
                   stats.weight(scale, x.z) * p_scale, stats.weight(scale, x.w) * p_scale};
-    Partial found = {0, 0, {-1.0f, params.vocab_size}};
     if (subtract) {
       const float logits[4] = {y.x, y.y, y.z, y.w};
       float q[4], taken[4], kept[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        q[i] = kept[i] = exp2_fast((logits[i] - other_stats.maximum) * kLog2e) * other_stats.inverse_mass;
-        taken[i] = c;
+      for (int j = 0; j < 4; ++j) {
+        q[j] = kept[j] = exp2_fast((logits[j] - other_stats.maximum) * kLog2e) * other_stats.inverse_mass;
+        taken[j] = c;
       }
 #pragma unroll 1
-      for (int k = 0; k < num_removed; ++k) {
+      for (int k = 0; k < request.num_removed; ++k) {
         const int place = shared.removed_token[k] - first;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (place == i) taken[i] = shared.removed_scale[k], kept[i] = 0;
+        for (int j = 0; j < 4; ++j) {
+          if (place == j) taken[j] = shared.removed_scale[k], kept[j] = 0;
         }
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) w[i] = fmaxf(w[i] - taken[i] * q[i], 0.0f);
+      for (int j = 0; j < 4; ++j) w[j] = fmaxf(w[j] - taken[j] * q[j], 0.0f);
       found.left = (kept[0] + kept[1]) + (kept[2] + kept[3]);
     }
     found.sum = (w[0] + w[1]) + (w[2] + w[3]);
-    if (race) {
-      if (found.sum > 0) {
-        const float4 e = exponentials(key, static_cast<uint32_t>(first) / 4);
-        const float scores[4] = {__fdividef(w[0], e.x), __fdividef(w[1], e.y), __fdividef(w[2], e.z),
-                                 __fdividef(w[3], e.w)};
+    if (request.race && found.sum > 0) {
+      const float4 e = exponentials<true>(key, static_cast<uint32_t>(first) / 4);
+      const float scores[4] = {__fdividef(w[0], e.x), __fdividef(w[1], e.y), __fdividef(w[2], e.z),
+                               __fdividef(w[3], e.w)};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (w[i] > 0 && scores[i] > found.best.score) found.best = {scores[i], first + i};
-        }
+      for (int j = 0; j < 4; ++j) {
+        if (w[j] > 0 && scores[j] > found.best.score) found.best = {scores[j], first + j};
       }
-      found.best = warp_best(found.best);
+    }
+    result = i == 0 ? found : join(result, found, bare, scale);
+  }
+  result.sum = warp_sum(result.sum);
+  if (request.race) {
+    result.best = warp_best(result.best);
+  } else {
+    result.left = warp_sum(result.left);
+  }
+  return result;
+}
+
+// The whole group's passes over rows; every block is told what was found.
+template <LogitType kType>
+__device__ __forceinline__ void pass(const Context<kType>& context) {
+  Shared& shared = context.shared;
+  const int num_requests = shared.num_requests, num_slices = context.params.slicing.num_slices;
+  const float scale = shared.law.scale;
+  const int team = warp_index() / kPhases, phase = warp_index() % kPhases;
+#pragma unroll 1
+  for (Items items(team, kWarps / kPhases, context.num_local()); items.row < num_requests; items.advance()) {
+    const int index = items.row, slice = context.slice(items.local);
+    const Request request = shared.requests[index];
+    const Partial part = pass_over(context, request, slice, phase);
+    if (lane_index() == 0) shared.parts[warp_index()] = part;
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * kPhases) : "memory");
+    if (phase == 0) {
+      // Four lanes take a part each and fold them, in one order.
+      Partial whole = shared.parts[warp_index() + lane_index() % kPhases];
+#pragma unroll
+      for (int step = 1; step < kPhases; step *= 2) {
+        const Partial other = {
+            __shfl_down_sync(kAllLanes, whole.sum, step),
+            __shfl_down_sync(kAllLanes, whole.left, step),
+            {__shfl_down_sync(kAllLanes, whole.best.score, step), __shfl_down_sync(kAllLanes, whole.best.token, step)}};
+        whole = join(whole, other, request.bare, scale);
+      }
+      // Lane 1 sends the second half of what lane 0 has found.
+      const float score = __shfl_sync(kAllLanes, whole.best.score, 0);
+      const int token = __shfl_sync(kAllLanes, whole.best.token, 0);
+      const bool first = lane_index() == 0;
+      if (lane_index() < 2) {
+        send(context.about_part(lane_index(), index, slice),
+             first ? content_of(whole.sum, whole.left) : content_of(score, __int_as_float(token)), context.number());
+      }
+    }
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * kPhases) : "memory");
+  }
+  if (warp_index() < num_requests) {
+    constexpr int kAtOnce = 2;  // slices of a lane
+    const int index = warp_index();
+    const bool bare = shared.requests[index].bare;
+    Partial found = {0, bare ? -kInfinity : 0.0f, {-1.0f, context.params.vocab_size}};
+#pragma unroll 1
+    for (int first = lane_index(); first < num_slices; first += 32 * kAtOnce) {
+      uint64_t contents[2 * kAtOnce];
+      const auto slice = [&](int i) { return first + 32 * (i % kAtOnce); };
+      const Message* const from[2] = {context.about_part(0, index, first), context.about_part(1, index, first)};
+      receive(
+          contents, context.number(), [&](int i) { return slice(i) < num_slices; },
+          [&](int i) { return from[i / kAtOnce] + 32 * (i % kAtOnce); });
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (slice(i) >= num_slices) continue;
+        const uint64_t best = contents[kAtOnce + i];
+        found = join(found,
+                     {first_of(contents[i]), second_of(contents[i]), {first_of(best), __float_as_int(second_of(best))}},
+                     bare, scale);
+      }
+    }
+    __syncwarp();
+    if (bare) {
+      const float maximum = warp_max(found.left);
+      const float share = found.left > -kInfinity ? exp2_fast((found.left - maximum) * scale) : 0.0f;
+      found.sum *= share, found.best.score *= share, found.left = maximum;
     } else {
       found.left = warp_sum(found.left);
     }
     found.sum = warp_sum(found.sum);
-    out.store(quarter, found);
+    found.best = warp_best(found.best);
+    if (bare && !(found.sum > 0)) found.best.token = -1;  // NaN, +inf or nothing: no law
+    if (lane_index() == 0) shared.found[index] = found;
   }
-  shared.exchange.wait(turn);
-  Partial result = {0, 0, {-1.0f, params.vocab_size}};
-  if (warp_index() > 0) return result;
-#pragma unroll 4
-  for (int quarter = lane_index(); quarter < num_quarters; quarter += 32) {
-    const Partial found = partials[quarter];
-    result.sum += found.sum;
-    result.left += found.left;
-    result.best = better(result.best, found.best);
-  }
-  return {warp_sum(result.sum), warp_sum(result.left), warp_best(result.best)};
+  __syncthreads();
 }
 
 __device__ __forceinline__ void write(const VerifyParams& params, const Shared& shared, int sequence) {
@@ -659,61 +589,68 @@ __device__ __forceinline__ void write(const VerifyParams& params, const Shared& 
   }
 }
 
+static __device__ __noinline__ void walk(const VerifyParams& params, Shared& shared) { Walk(params, shared).resume(); }
+
 template <LogitType kType>
 __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_constant__ VerifyParams params) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  const Context<kType> context = {
-      params,
-      shared,
-      reinterpret_cast<TileStats*>(memory + sizeof(Shared)),
-      reinterpret_cast<Partial*>(memory + sizeof(Shared) + tile_bytes(params.vocab_size)),
-      static_cast<int>(blockIdx.x) / group_size(),
-      num_tiles(params.vocab_size),
-  };
-  shared.exchange.arrive();
+  __shared__ Shared shared;
+  const Context<kType> context(params, shared);
   context.note(Mark::kStart);
 
-  int turn = 0;
-  Need need = Need::kRead;
+  load_sequence(context);
+  __syncthreads();
   do {
-    Partial found = {};
-    if (need == Need::kRead) {
-      read(context, turn == 0 ? Span(params) : Span(shared.walk.node, shared.tree[shared.walk.node]), turn);
-      if (turn == 0) context.note(Mark::kStatistics);
-    } else {
-      found = pass(context, shared.walk.request, turn);
-    }
-    ++turn;
-    if (warp_index() == 0) Walk(params, shared).resume(found);
+    shared.walk.need == Need::kRead ? read(context) : pass(context);
+    if (warp_index() == 0) walk(params, shared);
     __syncthreads();
-    need = shared.walk.need;
-  } while (need != Need::kNothing);
+  } while (shared.walk.need != Need::kNothing);
   context.note(Mark::kWalk);
-  if (group_rank() == 0) write(params, shared, context.sequence);
+  if (context.rank() == 0) {
+    write(params, shared, context.sequence());
+    // All blocks have sent something, so all have seen the old number.
+    if (threadIdx.x == 0) context.header()->content = shared.epoch + 1;
+  }
   context.note(Mark::kEnd);
-  // This block has got all that others send to it, so it may leave.
-}
-
-int shared_bytes(int vocab_size) {
-  return static_cast<int>(sizeof(Shared)) + tile_bytes(vocab_size) +
-         8 * num_tiles(vocab_size) * static_cast<int>(sizeof(Partial));
 }
 
 }  // namespace
 
-int verify(const VerifyParams& params, void* stream) {
-  static_assert(sizeof(TreeNode) == 32 && sizeof(Shared) % 16 == 0);
-  return for_type(params.logit_type, [&](auto type) -> int {
-    const auto kernel = verify_kernel<decltype(type)::value>;
-    const cudaError_t prepared = prepare_groups(kernel, shared_bytes(kMaxVocab));  // of this device
-    if (prepared != cudaSuccess) return prepared;
-    const int size = usable_group(params.cluster_size, num_tiles(params.vocab_size));
-    const GroupLaunch launch(params.batch_size, size, kThreads, shared_bytes(params.vocab_size), stream);
-    return cudaLaunchKernelEx(&launch.config, kernel, params);
-  });
+Slicing::Slicing(int vocab_size) {
+  num_tiles = (vocab_size + kTile - 1) / kTile;
+  tiles_per_slice = (num_tiles + kMaxSlices - 1) / kMaxSlices;
+  num_slices = (num_tiles + tiles_per_slice - 1) / tiles_per_slice;
 }
 
-int max_verify_group() { return max_group_size(verify_kernel<LogitType::kFloat>, kThreads, shared_bytes(kMaxVocab)); }
+Mailbox verify_mailbox(int rows, int vocab_size) {
+  const int slices = Slicing(vocab_size).num_slices;
+  return {rows, 1 + 2 * (kKinds * rows * slices + 2 * rows + 2 * kMaxRequests * slices)};
+}
+
+int verify_group_size(int batch_size, int vocab_size) {
+  int device = 0, processors = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  return std::max(1, std::min(processors / batch_size, Slicing(vocab_size).num_slices));
+}
+
+int verify(const VerifyParams& params, void* stream) {
+  static_assert(sizeof(TreeNode) == 32);
+  // Every block of a group must have a slice.
+  const int group_size = std::min(params.group_size, params.slicing.num_slices);
+  VerifyParams launched = params;
+  launched.max_local = (params.slicing.num_slices + group_size - 1) / group_size;
+  return for_type(params.logit_type, [&](auto type) -> int {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;  // blocks of a group wait for each other
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(group_size, params.batch_size);
+    config.blockDim = dim3(kThreads);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = group_size > 1 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, verify_kernel<decltype(type)::value>, launched);
+  });
+}
 
 }  // namespace fastspec

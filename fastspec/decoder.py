@@ -259,9 +259,9 @@ class SpeculativeDecoder:
     def stop(self, row: int) -> None:
         """Ends a sequence from the host; cycles that are under way may still commit to it."""
         self._stopped.add(row)
-        self.state.reason[row] = FinishReason.STOPPED
         if self._loop is not None:
-            self._loop.stop(row)  # the line above waits for the loop to end
+            self._loop.stop(row)
+        self.state.reason[row].fill_(FinishReason.STOPPED)  # after the cycles, or the loop, under way
 
     def stream(self, requests: Sequence[Request], ahead: int = CYCLES_AHEAD) -> Iterator[Commitment]:
         """Generates, yielding what the prefill and each cycle committed until all sequences are finished.

@@ -96,11 +96,11 @@ class SamplingTensors:
             raise ValueError(f"at most {self.MAX_EOS} eos_token_ids are supported, got {len(eos_token_ids)}")
         self._params[row] = params
         for parameter in fields(SamplingParams):
-            getattr(self, parameter.name)[row] = getattr(params, parameter.name)
-        self.seed[row] = (seed + 2**63) % 2**64 - 2**63  # any integer, as the 64 bits of the key
-        self.eos_token_ids[row] = -1
+            getattr(self, parameter.name)[row].fill_(getattr(params, parameter.name))
+        self.seed[row].fill_((seed + 2**63) % 2**64 - 2**63)  # any integer, as the 64 bits of the key
+        self.eos_token_ids[row].fill_(-1)
         for place, token_id in enumerate(eos_token_ids):  # a copy of them all would wait for the device
-            self.eos_token_ids[row, place] = token_id
+            self.eos_token_ids[row, place].fill_(token_id)
 
     def fill(self, params: SamplingParams) -> None:
         """Writes the same parameters for every sequence; seeds and ends stay."""

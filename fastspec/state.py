@@ -104,9 +104,10 @@ class DecodeState:
         """Starts a sequence with its prompt ``[T]``; see :class:`fastspec.decoder.Request` for the rest."""
         length = input_ids.shape[0]
         self.tokens[row, :length] = input_ids
-        self.num_tokens[row] = length
-        self.max_tokens[row] = max_tokens
-        self.reason[row] = FinishReason.RUNNING
+        # fill_ where an assignment would do: that copies the number from the host, and may wait for the device.
+        self.num_tokens[row].fill_(length)
+        self.max_tokens[row].fill_(max_tokens)
+        self.reason[row].fill_(FinishReason.RUNNING)
         self.sampling.set(row, params, seed, eos_token_ids)
         self.draft_sampling.set(row, draft_params, seed, eos_token_ids)
         seen = self.sampling.seen[row]
@@ -118,5 +119,5 @@ class DecodeState:
         )
         seen |= marks[:vocab_size]
         for token_id in padding_ids:
-            seen[token_id] = True
+            seen[token_id].fill_(True)
         self.tree_tokens[row, 0] = input_ids[-1]

@@ -8,8 +8,8 @@ from functools import cached_property, lru_cache
 
 import torch
 
-#: Rows of logits that verification reads together (``kMaxRowsAtOnce`` in csrc/params.h).
-ROWS_AT_ONCE = 16
+#: Rows of logits that verification reads together, target and draft.
+ROWS_AT_ONCE = 32
 
 MAX_NODES = 128
 

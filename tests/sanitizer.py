@@ -37,8 +37,8 @@ def drive(plant: str | None) -> None:
             for level in range(case.tree.max_depth):
                 raw = raw_draft_logits(case, seed, level, padded=True)
                 proposer(raw, level, case.tokens, case.draft_logits, case.sampling, case.positions)
-            for cluster_size in (None,) if backend == "triton" else (1, 4, 16):
-                verifier._cluster_size = cluster_size
+            for group_size in (None,) if backend == "triton" else (1, 4, 63):
+                verifier._group_size = group_size
                 if plant == "bounds" and backend == "cuda":
                     verifier._verdict = verifier._verdict._replace(
                         num_accepted=torch.zeros(0, device="cuda").long()

@@ -199,14 +199,14 @@ def test_results_do_not_depend_on_the_launch_shape(monkeypatch):
         sampling.set(row, params, row)
     positions = torch.tensor([9, 8, 7, 6], device="cuda")
 
-    def outcome(cluster_size):
+    def outcome(group_size):
         verifier = Verifier(tree, 4, vocab_size, Rule.RECURSIVE_REJECTION, "cuda", "cuda")
-        verifier._cluster_size = cluster_size
+        verifier._group_size = group_size
         return [one.tolist() for one in verifier(logits, tokens, sampling, positions, q)]
 
     expected = outcome(1)
-    for cluster_size in (2, 4, 8, 16):
-        assert outcome(cluster_size) == expected, cluster_size
+    for group_size in (2, 7, 16, 33):
+        assert outcome(group_size) == expected, group_size
 
 
 @pytest.mark.gpu

@@ -42,7 +42,7 @@ class NgramDraft(Draft):
         self._image_token_ids = torch.full((batch_size, 1), -1, device=device)
 
     def prefill(self, row: int, prompt: Prompt) -> None:
-        self._image_token_ids[row] = prompt.image_token_id
+        self._image_token_ids[row].fill_(prompt.image_token_id)
 
     def propose(self, state: DecodeState) -> None:
         tokens, length = state.tokens, state.num_tokens[:, None]

@@ -65,7 +65,7 @@ class TextDraft(Draft):
         embeddings = self.prompt_embeddings(prompt)
         if len(embeddings):
             self.transformer.prefill(embeddings, self._cache, row)
-        self._length[row] = len(embeddings)
+        self._length[row].fill_(len(embeddings))
 
     def prompt_embeddings(self, prompt: Prompt) -> torch.Tensor:
         """``[T, hidden]`` of what the draft sees of the prompt."""

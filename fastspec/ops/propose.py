@@ -10,7 +10,6 @@ from fastspec.ops.verify import (
     LOGIT_TYPES,
     MAX_VOCAB_SIZE,
     RULE_NUMBERS,
-    group_size,
     kernel_rule,
     sampling_arguments,
     sampling_pointers,
@@ -235,3 +234,11 @@ def reference(
     for row, node in enumerate(nodes):
         for rank, child in enumerate(tree.children[node]):
             tokens[:, child] = ids[:, row, rank] if rank < width else -1
+
+
+def group_size(groups: int, largest: int) -> int:
+    """Blocks per group so that all groups run at once on a card of some 128 multiprocessors."""
+    size = largest
+    while size > 1 and groups * size > 128:
+        size //= 2
+    return size

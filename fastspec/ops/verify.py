@@ -10,7 +10,7 @@ from fastspec.ops.backends import choose, current, extension
 from fastspec.ops.checks import FLOATING, check_rows, check_tensor
 from fastspec.philox import Stream, accept_uniforms, exponentials, race
 from fastspec.sampling import SamplingTensors, valid_rows
-from fastspec.tree import DraftTree
+from fastspec.tree import ROWS_AT_ONCE, DraftTree
 from fastspec.verification import Rule, matching, recursive_rejection, traversal, walk_down, walk_up
 
 MAX_VOCAB_SIZE = 262_144
@@ -100,9 +100,12 @@ class Verifier:
             self._arrivals = empty(batch_size, dtype=torch.int32)
             self._stats = empty(batch_size, rows, 8, dtype=torch.float64)
             return
-        self._root_ahead = tree.ahead(0)
         with torch.cuda.device(self.device):
-            self._cluster_size = group_size(batch_size, extension().max_verify_group())
+            self._group_size = extension().verify_group_size(batch_size, vocab_size)
+        self._rows_at_once = min(ROWS_AT_ONCE, tree.num_nodes + len(tree.inner))
+        self._root_ahead = tree.ahead(0)
+        messages = extension().verify_mail_messages(self._rows_at_once, vocab_size)
+        self._mail = empty(batch_size, messages, 2)
         #: Where the kernel notes the cycles at each mark (csrc/params.h); for measuring only.
         self.clock: torch.Tensor | None = None
 
@@ -165,7 +168,9 @@ class Verifier:
             self.vocab_size,
             *self._root_ahead,
             RULE_NUMBERS[self._kernel_rule],
-            self._cluster_size,
+            self._group_size,
+            self._mail.data_ptr(),
+            self._rows_at_once,
             0 if self.clock is None else self.clock.data_ptr(),
             torch.cuda.current_stream(self.device).cuda_stream,
         )
@@ -317,11 +322,3 @@ def sampling_arguments(sampling: SamplingTensors) -> tuple[torch.Tensor, ...]:
 def sampling_pointers(module, sampling: SamplingTensors):
     """The same as a parameter struct of the extension."""
     return module.SamplingParams(*(tensor.data_ptr() for tensor in sampling_arguments(sampling)))
-
-
-def group_size(groups: int, largest: int) -> int:
-    """Blocks per group so that all groups run at once on a card of some 128 multiprocessors."""
-    size = largest
-    while size > 1 and groups * size > 128:
-        size //= 2
-    return size
