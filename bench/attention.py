@@ -9,53 +9,54 @@ import torch
 from torch.nn import functional as F
 
 from bench.baselines import flashinfer_attention
-from bench.engine import make_attention
-from bench.passes import TREES
+from bench.engine import make_work
+from bench.phases import phase_bytes, phase_timings
 from bench.report import result_row
-from bench.setup import Setup, kv_bytes
+from bench.setup import Setup
 from bench.timing import in_turn, interleaved
 from fastspec.model.cache import CacheView, StaticCache
 from fastspec.model.transformer import DecodeTransformer
-from fastspec.ops.attention import visible_rows
+from fastspec.ops.attention import tree_attention, visible_rows
 
-LENGTHS = {"llava7b": (900, 2048), "small": (80,)}
+#: Keys, and rows of the pass.
+SHAPES = {
+    "llava7b": ((900, 1), (900, 6), (900, 64), (2048, 6)),
+    "small": ((80, 1), (80, 6), (80, 64)),
+}
 
 
 @torch.no_grad()
 def measure(setup: Setup) -> list[dict]:
-    """Rows ``attention/kv<keys>/rows<R>``: the tree's own keys are among them; the layers take turns."""
-    return [
-        row
-        for length in LENGTHS[setup.target][: 1 if setup.quick else None]
-        for rows in TREES
-        for row in _measure(setup, length, rows)
-    ]
+    """Rows ``attention/kv<keys>/rows<R>``: attention as a phase of the pass (:mod:`bench.phases`).
+
+    The tree's own keys are among the keys. The phase includes a barrier of the whole grid; the others are timed alone,
+    in a graph, the layers taking turns. Where no fused pass runs, PyTorch's operations are measured as the engine.
+    """
+    return [row for length, rows in SHAPES[setup.target] for row in _measure(setup, length, rows)]
 
 
 def _measure(setup: Setup, length: int, rows: int) -> list[dict]:
-    transformer, device = setup.transformer, setup.device
-    mask = TREES[rows].on(device).mask
-    prefix = torch.tensor([length - rows], device=device)
-    cache = transformer.new_cache(1, length)
-    cache.keys.normal_()
-    cache.values.normal_()
-    queries = torch.randn(1, rows, transformer.num_heads, transformer.head_dim, device=device)
+    transformer = setup.transformer
+    work = make_work(setup, transformer, rows, length - rows, length)
+    visible = visible_rows(CacheView(work.prefix, work.mask), length)
+    queries = torch.randn(1, rows, transformer.num_heads, transformer.head_dim, device=setup.device)
     queries = queries.to(setup.dtype)
-    layers = range(transformer.num_layers)
-    visible = visible_rows(CacheView(prefix, mask), length)
-    calls = {
-        "engine": in_turn(
-            [partial(make_attention(transformer, cache, layer, mask), queries, prefix) for layer in layers]
-        ),
-        **_baselines(transformer, cache, queries, visible),
-    }
-    timings = interleaved(calls, repeats=len(layers), samples=setup.samples)
-    num_bytes = kv_bytes(transformer, length) // transformer.num_layers
+    phases = phase_timings(work, setup.samples)
+    calls = _baselines(transformer, work.cache, queries, visible)
+    if phases is None:
+        calls["engine"] = in_turn(
+            [
+                partial(tree_attention, queries, keys, values, visible, transformer.scale)
+                for keys, values in zip(work.cache.keys, work.cache.values, strict=True)
+            ]
+        )
+    others = interleaved(calls, repeats=transformer.num_layers, samples=setup.samples)
+    timing = others.pop("engine") if phases is None else phases["attention"]
+    num_bytes = phase_bytes(work, length)["attention"]
     name = f"attention/kv{length}/rows{rows}"
-    others = {other: timing for other, timing in timings.items() if other != "engine"}
     return [
-        result_row(name, timings["engine"], setup.floor(num_bytes), others, num_bytes=num_bytes),
-        *(result_row(f"baseline/{name}/{other}", timing) for other, timing in others.items()),
+        result_row(name, timing, setup.floor(num_bytes), others, num_bytes=num_bytes),
+        *(result_row(f"baseline/{name}/{other}", other_timing) for other, other_timing in others.items()),
     ]
 
 

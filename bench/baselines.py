@@ -14,7 +14,12 @@ from fastspec.model.transformer import DecodeTransformer
 
 
 def transformers_pass(
-    text_model: nn.Module, lm_head: nn.Module, context: int, capacity: int, mask: torch.Tensor
+    text_model: nn.Module,
+    lm_head: nn.Module,
+    context: int,
+    capacity: int,
+    mask: torch.Tensor,
+    batch_size: int = 1,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """A pass of transformers' modules on a StaticCache, fit for a CUDA graph.
 
@@ -23,24 +28,25 @@ def transformers_pass(
         context: rows of the cache that are filled, with random numbers.
         capacity: rows of the cache.
         mask: ``[R, R]`` bool, what each row sees of the others.
+        batch_size: sequences, all with the same context.
 
     Returns:
-        From tokens ``[1, R]`` to logits ``[1, R, V]``; each call starts from the same context.
+        From tokens ``[B, R]`` to logits ``[B, R, V]``; each call starts from the same context.
     """
     config, weight = text_model.config, lm_head.weight
     device, rows = weight.device, len(mask)
     cache = StaticCache(config=config, max_cache_len=capacity)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache.early_initialization(1, config.num_key_value_heads, head_dim, weight.dtype, device)
+    cache.early_initialization(batch_size, config.num_key_value_heads, head_dim, weight.dtype, device)
     lengths = torch.zeros(len(cache.layers), dtype=torch.int64, device=device)
     for layer, length in zip(cache.layers, lengths, strict=True):
         layer.cumulative_length = length  # a view, so that one operation turns all layers back
         layer.keys.normal_()
         layer.values.normal_()
-    visible = torch.zeros(1, 1, rows, capacity, dtype=torch.bool, device=device)
+    visible = torch.zeros(batch_size, 1, rows, capacity, dtype=torch.bool, device=device)
     visible[..., :context] = True
     visible[..., context : context + rows] = mask
-    positions = (context + mask.sum(1) - 1)[None]
+    positions = (context + mask.sum(1) - 1).expand(batch_size, -1)
 
     @torch.no_grad()
     def call(token_ids: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,13 @@ ROWS = (1, 6)
 
 
 def measure(setup: Setup) -> list[dict]:
-    """Rows ``draft/<draft>/rows<R>``: the context is the text of the target's, for the draft sees no image."""
+    """Rows ``draft/<draft>/rows<R>`` and those of its phases, ``draft/<draft>/rows<R>/<phase>``.
+
+    The context is the text of the target's, for the draft sees no image.
+    """
     stack = text_stack(setup.draft_model(agreement=0.8))
     transformer = DecodeTransformer(*stack)
-    context = setup.context - setup.target_model.config.image_seq_length
+    context = setup.context - setup.config.image_seq_length
     return [
         row
         for rows in ROWS

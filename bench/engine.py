@@ -2,32 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
-from fastspec.model.cache import CacheView, StaticCache
-from fastspec.model.passes import tree_pass
+from bench.setup import Setup
+from fastspec import DraftTree
+from fastspec.model.cache import StaticCache
+from fastspec.model.passes import TreePass, tree_pass
 from fastspec.model.transformer import DecodeTransformer
-from fastspec.ops.attention import tree_attention, visible_rows
 
 #: One pass, from ``(transformer, cache, mask, first_slot)``.
 make_pass = tree_pass
+#: The tree of each number of rows that is measured.
+TREES = {
+    1: DraftTree.chain(0),
+    6: DraftTree.chain(5),
+    16: DraftTree.kary((3, 2, 1)),
+    64: DraftTree.kary((3, 4, 4)),
+}
 
 
-def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> Callable:
-    """The engine's product of ``[R, in]`` with a weight ``[out, in]``."""
-    return lambda inputs: F.linear(inputs, weight, bias)
+class Work(NamedTuple):
+    """A pass and what it reads; calling it runs the pass.
+
+    Attributes:
+        run, transformer, cache: the pass, its model and its cache.
+        mask: ``[R, R]`` bool, what each row sees of the others.
+        token_ids: ``[B, R]`` int64.
+        prefix: ``[B]`` int64, committed rows of the cache.
+    """
+
+    run: TreePass
+    transformer: DecodeTransformer
+    cache: StaticCache
+    mask: torch.Tensor
+    token_ids: torch.Tensor
+    prefix: torch.Tensor
+
+    def __call__(self) -> torch.Tensor:
+        return self.run(self.token_ids, self.prefix)
 
 
-def make_attention(
-    transformer: DecodeTransformer, cache: StaticCache, layer: int, mask: torch.Tensor
-) -> Callable:
-    """The engine's attention of queries ``[B, R, heads, head_dim]`` after ``prefix`` ``[B]`` rows of one layer."""
+def make_work(
+    setup: Setup,
+    transformer: DecodeTransformer,
+    rows: int,
+    context: int,
+    capacity: int,
+    batch_size: int = 1,
+) -> Work:
+    """A pass over random tokens, after random keys and values.
 
-    def attend(queries: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-        visible = visible_rows(CacheView(prefix, mask), cache.capacity)
-        return tree_attention(queries, cache.keys[layer], cache.values[layer], visible, transformer.scale)
-
-    return attend
+    Args:
+        transformer: whose pass it is.
+        rows: a key of ``TREES``, rows per sequence.
+        context: committed rows of each sequence.
+        capacity: rows of the cache.
+        batch_size: sequences.
+    """
+    mask = TREES[rows].on(setup.device).mask
+    cache = transformer.new_cache(batch_size, capacity)
+    cache.keys.normal_()
+    cache.values.normal_()
+    return Work(
+        make_pass(transformer, cache, mask),
+        transformer,
+        cache,
+        mask,
+        setup.text_ids(batch_size * rows).view(batch_size, rows),
+        torch.full((batch_size,), context, device=setup.device),
+    )

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from bench.law import FIRST_TEXT_TOKEN
 from bench.planted import planted_draft, planted_law, planted_target
-from bench.shapes import TARGETS
+from bench.shapes import TARGETS, target_config
 from fastspec.model.transformer import DecodeTransformer
 from fastspec.model.vision import Prompt, text_stack
 
@@ -55,6 +55,11 @@ class Setup:
         return 700 if self.target == "llava7b" else 24
 
     @cached_property
+    def config(self) -> LlavaConfig:
+        """The target's."""
+        return target_config(self.target)
+
+    @cached_property
     def target_model(self) -> LlavaForConditionalGeneration:
         """The planted target, made once."""
         law = planted_law(self.target, self.draft)
@@ -77,12 +82,12 @@ class Setup:
     def text_ids(self, count: int, seed: int = 0) -> torch.Tensor:
         """``[count]`` random tokens of the law."""
         generator = torch.Generator().manual_seed(seed)
-        last = self.target_model.config.image_token_id
+        last = self.config.image_token_id
         return torch.randint(FIRST_TEXT_TOKEN, last, (count,), generator=generator).to(self.device)
 
     def prompt(self, num_tokens: int, seed: int = 0) -> Prompt:
         """A prompt with one image whose features are random, so many tokens long in all."""
-        config = self.target_model.config
+        config = self.config
         image = config.image_seq_length
         generator = torch.Generator(self.device).manual_seed(seed)
         features = torch.randn(

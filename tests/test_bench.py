@@ -24,7 +24,11 @@ from fastspec.training.sizes import parse_size
 
 HEADER = {"gpu", "driver", "cuda", "torch", "triton", "commit", "clocks", "read_bandwidth_tbs"}
 ROWS = {
-    "pass": ("pass/small/rows1/ctx24", "pass/small/rows16/ctx24", "pass/small/rows64/ctx24"),
+    "pass": (
+        *(f"pass/small/rows{rows}/ctx24" for rows in (1, 6, 16, 64)),
+        "pass/small/batch8/rows6/ctx24",
+        "baseline/pass/small/batch8/rows6/ctx24/transformers_graph",
+    ),
     "draft": ("draft/small/rows1", "baseline/draft/small/rows6/transformers_graph"),
     "linear": ("linear/qkv/rows16", "linear/head/rows64"),
     "attention": ("attention/kv80/rows6", "baseline/attention/kv80/rows64/torch_sdpa"),
@@ -120,19 +124,23 @@ def test_without_a_gpu_only_toys_run(arguments, capsys):
     assert "need an NVIDIA GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("tree", [DraftTree.chain(0), DraftTree.kary((3, 2, 1))])
-def test_the_engine_and_its_baseline_do_the_same_work(tree):
+@pytest.mark.parametrize(
+    ("tree", "batch_size"),
+    [(DraftTree.chain(0), 1), (DraftTree.kary((3, 2, 1)), 1), (DraftTree.kary((3, 2, 1)), 3)],
+)
+def test_the_engine_and_its_baseline_do_the_same_work(tree, batch_size):
     model = planted_target("small", planted_law("small"), "cpu", torch.float32)
     mask = tree.on("cpu").mask
-    tokens = torch.randint(3, 500, (1, tree.num_nodes))
+    tokens = torch.randint(3, 500, (batch_size, tree.num_nodes))
     transformer = DecodeTransformer(*text_stack(model))
-    ours = make_pass(transformer, transformer.new_cache(1, 32), mask)
-    theirs = transformers_pass(*text_stack(model), context=0, capacity=32, mask=mask)
-    logits = ours(tokens, torch.tensor([0]))
+    ours = make_pass(transformer, transformer.new_cache(batch_size, 32), mask)
+    theirs = transformers_pass(*text_stack(model), 0, 32, mask, batch_size)
+    prefix = torch.zeros(batch_size, dtype=torch.int64)
+    logits = ours(tokens, prefix)
     for _ in range(2):  # the second call starts where the first did
         torch.testing.assert_close(theirs(tokens), logits, rtol=1e-4, atol=1e-4)
-    last = ours(tokens, torch.tensor([0]), torch.tensor([tree.num_nodes - 1]))
-    torch.testing.assert_close(last[0, 0], logits[0, -1])
+    last = ours(tokens, prefix, prefix + tree.num_nodes - 1)
+    torch.testing.assert_close(last[:, 0], logits[:, -1])
 
 
 def test_answers_that_part():
