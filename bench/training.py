@@ -142,7 +142,7 @@ def _run(given: argparse.Namespace, work: Path, end: float) -> None:
         "hours_for_the_recipe": round(RECIPE_TOKENS / rate / 3600),
         "acceptance": course,
     }
-    head = header(read_bandwidth(), given.commit) | {"product_rate_tflops": round(peak / 1e12, 1)}
+    head = header(read_bandwidth(), given.commit) | {"product_rate_tflops": float(f"{peak / 1e12:.4g}")}
     question = "training" if given.target == "llava7b" else f"training-{given.target}"
     path = write(question + "-compiled" * given.compile, head, [row], given.out)
     print(json.dumps(row, indent=1))

@@ -1,4 +1,4 @@
-// The blocks that work on one sequence: a thread block cluster on sm_90 and up, a single block before.
+// The blocks that propose from one row: a thread block cluster on sm_90 and up, a single block before.
 //
 // What they tell each other goes by asynchronous stores into each other's shared memory, counted by the receiver. A
 // cluster barrier in its place would order all memory, which empties the L1 cache and takes most of a microsecond.
