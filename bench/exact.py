@@ -20,6 +20,10 @@ AGREEMENT = 0.75
 BATCH_SIZE = 8
 #: Shortest text after the image, and how much longer others are at most.
 TEXT, MORE_TEXT = 8, 48
+#: Prompts in batches, prompts one by one, prompts in batches that are sampled; and tokens of each answer.
+SIZES = {"llava7b": (104, 16, 40, 128)}
+QUICK_SIZES = {"llava7b": (104, 4, 16, 128)}
+SMALL_SIZES = (8, 2, 8, 24)
 KINDS = {
     "greedy": (None, SamplingParams(temperature=0.0)),
     # Its noise belongs to positions, so samples are those of plain decoding too.
@@ -41,14 +45,14 @@ class Answer(NamedTuple):
 
 def measure(setup: Setup) -> list[dict]:
     """Rows ``exact/<pair>/<kind>/<tree>/batch<B>``: how much of the answers is equal, and where they part."""
-    prompts, tokens = (8, 24) if setup.quick else (104, 128)
-    few = 2 if setup.quick else 16
+    sizes = QUICK_SIZES if setup.quick else SIZES
+    prompts, few, invariant, tokens = sizes.get(setup.target, SMALL_SIZES)
     draft = setup.draft_model(AGREEMENT)
     rows = []
     for kind, batch_size, count in (
         ("greedy", BATCH_SIZE, prompts),
         ("greedy", 1, few),
-        ("invariant", BATCH_SIZE, prompts if setup.quick else 40),
+        ("invariant", BATCH_SIZE, invariant),
     ):
         rule, params = KINDS[kind]
         requests = make_requests(setup, count, tokens, params)

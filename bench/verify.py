@@ -132,18 +132,19 @@ def measure(setup: Setup) -> list[dict]:
                 read = (tree.num_nodes + (len(tree.inner) if params_name != "greedy" else 0)) * vocab_size * 4
                 rotation = max(1, min(MAX_ROTATION, ROTATION_BYTES // read))
                 inputs = [make_inputs(tree, vocab_size, params, seed) for seed in range(rotation)]
-                calls = {backend: rotating(inputs, backend) for backend in ("cuda", "triton")}
-                if tree.is_chain and params_name == "temperature":
+                # Compiling takes longer than measuring: quick runs compile for the chain of five alone.
+                compiled = not setup.quick or (tree_name == "chain5" and vocab_size == VOCABULARIES[0])
+                backends = ("cuda", "triton") if compiled else ("cuda",)
+                calls = {backend: rotating(inputs, backend) for backend in backends}
+                if compiled and tree.is_chain and params_name == "temperature":
                     calls |= _chain_baselines(inputs[0])
                 name = f"verify/{tree_name}/V{vocab_size}/{params_name}"
                 timings = interleaved(calls, repeats=MAX_ROTATION * 4, samples=samples)
                 if "torch_graph" in calls:
                     timings["torch_eager"] = time_eager(calls["torch_graph"])
                 floor = launch + read / setup.read_bandwidth * 1e6
-                for backend in ("cuda", "triton"):
-                    others = {
-                        other: timing for other, timing in timings.items() if other not in ("cuda", "triton")
-                    }
+                others = {other: timing for other, timing in timings.items() if other not in backends}
+                for backend in backends:
                     rows.append(result_row(f"{name}/{backend}", timings[backend], floor, others))
                 rows += [
                     result_row(f"baseline/{tree_name}/V{vocab_size}/{other}", timing)
