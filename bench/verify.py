@@ -144,8 +144,9 @@ def measure(setup: Setup) -> list[dict]:
                     timings["torch_eager"] = time_eager(calls["torch_graph"])
                 floor = launch + read / setup.read_bandwidth * 1e6
                 others = {other: timing for other, timing in timings.items() if other not in backends}
-                for backend in backends:
-                    rows.append(result_row(f"{name}/{backend}", timings[backend], floor, others))
+                rows += [
+                    result_row(f"{name}/{backend}", timings[backend], floor, others) for backend in backends
+                ]
                 rows += [
                     result_row(f"baseline/{tree_name}/V{vocab_size}/{other}", timing)
                     for other, timing in others.items()

@@ -165,15 +165,15 @@ __device__ __forceinline__ float tile_maximum(const float4 (&x)[kVectors]) {
 
 __device__ __forceinline__ TileStats tile_statistics(const float4 (&x)[kVectors], float scale) {
   const float top = tile_maximum(x);
-  // NaN and +inf make NaN of the mass: a check of their own is not needed. The offset's rounding is made good below.
-  const float reference = top > -kInfinity ? top : 0.0f, offset = -reference * scale;
+  // NaN and +inf make NaN of the mass: a check of their own is not needed.
+  const float reference = top > -kInfinity ? top : 0.0f;
+  const auto weight = [&](float logit) { return exp2_fast((logit - reference) * scale); };
   float mass = 0;
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
-    mass += (exp2_fast(fmaf(x[j].x, scale, offset)) + exp2_fast(fmaf(x[j].y, scale, offset))) +
-            (exp2_fast(fmaf(x[j].z, scale, offset)) + exp2_fast(fmaf(x[j].w, scale, offset)));
+    mass += (weight(x[j].x) + weight(x[j].y)) + (weight(x[j].z) + weight(x[j].w));
   }
-  return {top, warp_sum(mass) * exp2_fast(-fmaf(reference, scale, offset))};
+  return {top, warp_sum(mass)};
 }
 
 __device__ __forceinline__ TileStats greedy_statistics(const float4 (&x)[kVectors], int tile) {

@@ -328,7 +328,10 @@ __device__ __forceinline__ void read(const Context<kType>& context) {
   const int num_targets = span.num_targets(), num_slices = params.slicing.num_slices;
   const Law& law = shared.law;
   const bool greedy = law.greedy, cuts = law.cuts(), with_draft = params.draft_logits != nullptr && !greedy;
-  if (!greedy && !cuts && !with_draft) return;  // draws only
+  if (!greedy && !cuts && !with_draft) {  // draws only
+    __syncthreads();                       // no warp may go on to the walk while another still asks what is needed
+    return;
+  }
   const int num_rows = num_targets + (with_draft ? span.num_drafts() : 0);
 
   send_slices(context, num_rows);
@@ -478,6 +481,8 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
       found.left = (kept[0] + kept[1]) + (kept[2] + kept[3]);
     }
     found.sum = (w[0] + w[1]) + (w[2] + w[3]);
+    // Nobody has looked at a bare row before; its maximum and weights pass over a NaN.
+    if (bare && (!(x.x < kInfinity) | !(x.y < kInfinity) | !(x.z < kInfinity) | !(x.w < kInfinity))) found.sum = NAN;
     if (request.race && found.sum > 0) {
       const float4 e = exponentials<true>(key, static_cast<uint32_t>(first) / 4);
       const float scores[4] = {__fdividef(w[0], e.x), __fdividef(w[1], e.y), __fdividef(w[2], e.z),

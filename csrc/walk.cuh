@@ -293,12 +293,14 @@ class Walk {
   // Chain, block verification (Sun et al. 2403.10444): the last i whose test u_i <= h_i succeeds. Sums and draws of
   // several nodes are asked for at once. All lanes scan; the first one decides.
   __device__ __forceinline__ void block_verification() {
-    if (at_.phase == Phase::kLastDraw) {
+    const Phase phase = at_.phase;
+    __syncwarp();  // before lane 0 changes it
+    if (phase == Phase::kLastDraw) {
       if (lane_index() == 0) end_with(at_.node, shared_.found[0].best);
       return;
     }
     int ended = 0;
-    if (at_.phase == Phase::kDraw && lane_index() == 0) ended = test_found();
+    if (phase == Phase::kDraw && lane_index() == 0) ended = test_found();
     if (__shfl_sync(kAllLanes, ended, 0)) return;
     __syncwarp();
     const int limit = at_.limit, length = at_.length;

@@ -88,9 +88,9 @@ def random_logits(generator, shape, kind: str) -> torch.Tensor:
     elif kind == "poisoned":
         row = torch.rand(shape[:-1], generator=generator)
         column = torch.randint(shape[-1], shape[:-1], generator=generator)
-        for chance, value in ((0.2, float("nan")), (0.3, float("inf"))):
+        for low, high, value in ((0.0, 0.2, float("nan")), (0.2, 0.3, float("inf"))):
             bad = logits.scatter(-1, column[..., None], value)
-            logits = torch.where((row < chance)[..., None], bad, logits)
+            logits = torch.where(((row >= low) & (row < high))[..., None], bad, logits)
         logits = torch.where(((row > 0.5) & (row < 0.6))[..., None], float("-inf"), logits)
     return logits
 

@@ -175,6 +175,71 @@ def test_a_thousand_runs_agree(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("width", [4, 16, 60, 400])
+def test_likely_tokens_side_by_side(backend, width):
+    """Parts of the vocabulary report some of their largest logits only; here most of the likely ones are in one."""
+    tree, vocab_size, batch = DraftTree.chain(3), 32064, 8
+    generator = torch.Generator().manual_seed(width)
+    sampling = SamplingTensors(batch, vocab_size, "cuda")
+    verifier = Verifier(tree, batch, vocab_size, Rule.TOKEN_LEVEL, "cuda", backend)
+    positions = torch.full((batch,), 50, device="cuda")
+    for trial in range(6):
+        logits = torch.randn(batch, tree.num_nodes, vocab_size, generator=generator) * 2
+        first = 15 * 512 + 128 + 37 * trial
+        logits[..., first : first + width] += 6 + 2 * torch.rand(batch, 4, 1, generator=generator)
+        q = (logits[:, :3] + 0.5 * torch.randn(batch, 3, vocab_size, generator=generator)).cuda()
+        tokens = torch.cat([torch.zeros(batch, 1).long().cuda(), q.argmax(-1)], dim=1)
+        for row in range(batch):
+            top_p = 0.1 + 0.8 * float(torch.rand(1, generator=generator))
+            params = SamplingParams(top_k=(50, 0, 20, 3)[row % 4], top_p=top_p, temperature=1.0 + row % 3)
+            sampling.set(row, params, 100 * trial + row)
+        arguments = (logits.cuda(), tokens, sampling, positions, q)
+        expected = verify(*arguments[:2], tree, *arguments[2:4], Rule.TOKEN_LEVEL, q, backend="reference")
+        assert_same(expected, verifier(*arguments), f"trial {trial}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("rule", [Rule.BLOCK, Rule.TARGET_ONLY, Rule.DRAFTER_INVARIANT])
+def test_one_logit_that_is_no_number_ends_the_sequence(backend, rule):
+    tree, vocab_size = DraftTree.chain(2), 2049
+    logits = torch.randn(3, 3, vocab_size, device="cuda")
+    q = logits[:, :2].contiguous()
+    sampling = SamplingTensors(3, vocab_size, "cuda")
+    positions = torch.full((3,), 9, device="cuda")
+    verifier = Verifier(tree, 3, vocab_size, rule, "cuda", backend)
+    # Drafted tokens that are accepted, or none: the rows that are drawn from are the last, and the first.
+    for tokens, node in ((torch.zeros(3, 3).long(), 2), (torch.full((3, 3), -1), 0)):
+        tokens = tokens.cuda()
+        likely = logits.clone()
+        likely[:, :2, 0] = 90.0
+        law = likely[:, :2].contiguous() if rule is Rule.BLOCK else q
+        likely[1, node, 1234] = float("nan")
+        verdict = verifier(likely, tokens, sampling, positions, law)
+        assert verdict.invalid.tolist() == [False, True, False]
+        assert verdict.next_token[1] == -1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("temperature", [1e-9, 1e-8, 1e-4])
+def test_the_lowest_temperatures(backend, temperature):
+    tree, vocab_size = DraftTree.chain(2), 2049
+    generator = torch.Generator().manual_seed(2)
+    logits = (torch.randn(2, 3, vocab_size, generator=generator) * 9).cuda()
+    q = logits[:, :2].contiguous()
+    tokens = torch.cat([torch.zeros(2, 1).long().cuda(), q.argmax(-1)], dim=1)
+    sampling = SamplingTensors(2, vocab_size, "cuda")
+    for row, top_p in enumerate((1.0, 0.9)):
+        sampling.set(row, SamplingParams(temperature=temperature, top_p=top_p), row)
+    positions = torch.full((2,), 9, device="cuda")
+    got = verify(logits, tokens, tree, sampling, positions, Rule.BLOCK, q, backend=backend)
+    assert got.next_token.tolist() == logits[:, 2].argmax(-1).tolist()
+    assert got.num_accepted.tolist() == [2, 2]
+
+
+@pytest.mark.gpu
 def test_results_do_not_depend_on_the_launch_shape(monkeypatch):
     """Any group size, with helpers or without, alone or in a batch: the same bits."""
     tree, vocab_size = DraftTree.kary((3, 2, 1)), 32064

@@ -52,7 +52,8 @@ class Verifier:
     """Verification for one tree, batch size and vocabulary, on preallocated buffers.
 
     Calling it launches one kernel (or runs the reference): no allocation and no synchronisation, so a CUDA graph
-    can capture it. The returned tensors are the same at every call.
+    can capture it. The returned tensors are the same at every call. Calls must not overlap in time, on other streams
+    or by a shallow copy: the blocks of a launch would take each other's messages, and wait for ever.
 
     Args:
         tree: the draft tree.
