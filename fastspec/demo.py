@@ -19,6 +19,8 @@ from fastspec.images import load_image
 from fastspec.metrics import SpeculationRecord
 from fastspec.sampling import SamplingParams
 
+#: The miniature's best draft by docs/study.md.
+DRAFT = "image"
 DRAFTED = "bold green"
 QUIET = "dim"
 REPEATS = 3
@@ -107,21 +109,23 @@ def run_demo(
         Whether speculative and plain text are identical.
     """
     from fastspec import miniature
-    from fastspec.model.vision import Prompt, encode_images, image_token_id
+    from fastspec.draft.sharing import encode_shared, share_vision_tower
+    from fastspec.model.vision import Prompt, image_token_id
 
     torch.set_num_threads(1)  # the miniature's matrices are so small that threads only wait for each other
     picture, question = None, prompt
     if image is not None:
         picture, question = load_image(image), prompt or "Describe the picture."
     processor = miniature.load_processor()
-    target, draft = miniature.load_target(device=device), miniature.load_draft(device=device)
+    target, draft = miniature.load_target(device=device), miniature.load_draft(DRAFT, device=device)
     if picture is None:
         example = miniature.sample_example("caption", seed)
         picture, question = example.scene.render(), prompt or example.turns[0][0]
         picture.resize((SAVED_SIDE, SAVED_SIDE)).save(save)
 
     inputs = miniature.prepare(processor, picture, question).to(device)
-    features = encode_images(target, {"pixel_values": inputs["pixel_values"]})
+    share_vision_tower(target, draft)
+    features = encode_shared(target, {"pixel_values": inputs["pixel_values"]}, look_back=False)
     request = Request(
         Prompt(inputs["input_ids"][0], image_token_id(target), features, inputs["pixel_values"]),
         max_new_tokens,

@@ -1,4 +1,4 @@
-"""A small real LLaVA with three text-only drafts, and endless pictures to ask it about.
+"""A small real LLaVA with three text-only drafts and one with an image adapter, and endless pictures to ask it about.
 
 from fastspec import miniature
 
