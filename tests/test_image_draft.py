@@ -152,3 +152,20 @@ def test_towers_that_differ_are_not_shared():
     target, draft = pair()
     draft.config.vision_feature_layer = -2
     assert not share_vision_tower(target, draft)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pooling", [1, 2])
+def test_an_image_draft_on_a_gpu_gives_the_text_of_the_cpu(pooling):
+    target, draft = pair()
+    if pooling > 1:
+        target.config.image_seq_length = 4
+        draft = add_image_adapter(tiny_llama(), target, pooling).eval()
+    inputs = picture_inputs()
+    arguments = {"max_new_tokens": 20, "do_sample": False}
+    expected = fastspec.generate(target, draft=draft, **inputs, **arguments)
+    on_gpu = {name: value.cuda() for name, value in inputs.items()}
+    target, draft = copy.deepcopy(target).cuda(), copy.deepcopy(draft).cuda()
+    for _ in range(3):  # the encoder is captured from the second time on
+        got = fastspec.generate(target, draft=draft, **on_gpu, **arguments)
+        assert torch.equal(got.cpu(), expected)
