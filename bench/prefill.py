@@ -37,7 +37,7 @@ def measure(setup: Setup) -> list[dict]:
 
     def first_token() -> None:
         features = encode_images(model, {"pixel_values": pixels})
-        seen = Prompt(ids, config.image_token_id, features)
+        seen = Prompt(ids, config.image_token_id, features, checked=True)
         decoder.prefill([Request(seen, max_new_tokens=1, params=greedy)])
 
     def transformers() -> None:

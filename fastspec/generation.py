@@ -494,7 +494,8 @@ def make_prompts(
         own = None if pixel_values is None or not group else pixel_values[first : first + len(group)]
         first += len(group)
         prompts += [
-            Prompt(ids, placeholder, group, own) for ids in rows[index * copies : (index + 1) * copies]
+            Prompt(ids, placeholder, group, own, checked=True)
+            for ids in rows[index * copies : (index + 1) * copies]
         ]
     return prompts
 

@@ -148,6 +148,20 @@ def test_prompt_and_new_tokens_over_the_capacity():
         SpeculativeDecoder(TARGET, TEXT, batch_size=9)
 
 
+def test_a_prompt_whose_images_do_not_fill_its_placeholders():
+    from fastspec.model.vision import Prompt
+
+    ids = torch.tensor([1, 63, 63, 5])
+    for rows, found in ((), 0), ((1,), 1), ((2, 1), 3):
+        images = tuple(torch.zeros(count, 8) for count in rows)
+        message = rf"2 image placeholders \(id 63\), but its images have {found} features"
+        with pytest.raises(ValueError, match=message):
+            Prompt(ids, 63, images)
+    assert Prompt(ids, 63, (torch.zeros(2, 8),)).text_ids.tolist() == [1, 5]
+    with pytest.raises(ValueError, match="0 image placeholders"):
+        Prompt(ids, images=(torch.zeros(2, 8),))
+
+
 def test_images_and_placeholders_that_do_not_match():
     inputs = picture_inputs()
     without = {name: inputs[name] for name in ("input_ids", "attention_mask")}

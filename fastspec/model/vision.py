@@ -20,17 +20,34 @@ class Prompt:
     """One sequence's prompt, without padding.
 
     Attributes:
-        input_ids: ``[T]`` int64, with one placeholder id per image feature; :func:`deal_images` checks that.
+        input_ids: ``[T]`` int64, with one placeholder id per image feature.
         image_token_id: that id.
         images: features ``[T_i, hidden]`` of each image of the prompt, in order.
         pixel_values: the images as the processor made them, for a draft with eyes of its own; one leading
             entry per image, or None where only features were handed over.
+        checked: whether placeholders and features are known to match, by :func:`deal_images`. Else they are
+            counted, for which the host waits for the device.
+
+    Raises:
+        ValueError: if there are not as many placeholders as features.
     """
 
     input_ids: torch.Tensor
     image_token_id: int = -1
     images: tuple[torch.Tensor, ...] = ()
     pixel_values: torch.Tensor | None = field(default=None, repr=False)
+    checked: bool = field(default=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        if self.checked:
+            return
+        placeholders = int((self.input_ids == self.image_token_id).sum())
+        features = sum(len(image) for image in self.images)
+        if placeholders != features:
+            raise ValueError(
+                f"the prompt has {placeholders} image placeholders (id {self.image_token_id}), "
+                f"but its images have {features} features"
+            )
 
     @property
     def num_tokens(self) -> int:
