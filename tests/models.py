@@ -6,6 +6,7 @@ import copy
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,6 +17,15 @@ from transformers import (
 from fastspec.decoder import Request
 from fastspec.generation import make_prompts
 
+#: One layer of LLaVA-1.5-7B's text model.
+LAYER_OF_7B = {
+    "vocab_size": 32064,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+}
 IMAGE_TOKEN_ID = 3
 IMAGE_SIZE = 16
 IMAGE_TOKENS = 4
@@ -153,3 +163,34 @@ def texts(decoder, requests, **kwargs):
         for answer, tokens in zip(answers, commitment.tokens, strict=False):
             answer += tokens
     return answers
+
+
+def texts_on_streams(decoders, requests):
+    """What decoders of one sequence answer, taking turns on a CUDA stream of their own each."""
+    streams = [torch.cuda.Stream() for _ in decoders]
+    answers = [[] for _ in decoders]
+    generators = [decoder.stream(one) for decoder, one in zip(decoders, requests, strict=True)]
+    running = set(range(len(decoders)))
+    while running:
+        for index in sorted(running):
+            with torch.cuda.stream(streams[index]):
+                commitment = next(generators[index], None)
+            if commitment is None:
+                running.remove(index)
+            else:
+                answers[index] += commitment.tokens[0]
+    return [[answer] for answer in answers]
+
+
+def random_causal_lm(config, dtype, device):
+    """Random weights that keep activations near one; norms and biases away from their defaults."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1:
+                    parameter.copy_(torch.randn_like(parameter) * 0.2 + ("norm" in name))
+                else:
+                    parameter.normal_(std=0.5 if "embed" in name else parameter.shape[1] ** -0.5)
+    return model.to(dtype)

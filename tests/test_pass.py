@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from models import tiny_llama
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from models import LAYER_OF_7B, random_causal_lm, tiny_llama
+from transformers import LlamaConfig, Qwen2Config
 
 from fastspec import DraftTree
 from fastspec.model.cache import CacheView, StaticCache
@@ -42,28 +42,6 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(**{key: value for key, value in SMALL.items() if key != "head_dim"}),
 }
 DTYPES = (torch.bfloat16, torch.float16)
-LAYER_OF_7B = {
-    "vocab_size": 32064,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 4096,
-}
-
-
-def build(config, dtype):
-    """Random weights that keep activations near one; norms and biases away from their defaults."""
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim == 1:
-                    parameter.copy_(torch.randn_like(parameter) * 0.2 + ("norm" in name))
-                else:
-                    parameter.normal_(std=0.5 if "embed" in name else parameter.shape[1] ** -0.5)
-    return model.to(dtype)
 
 
 def random_cache(transformer, prefixes, num_rows, seed=0, capacity=None):
@@ -130,7 +108,7 @@ def compare(transformer, exact, tree, prefixes, seed=0, capacity=None):
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_logits_and_cache_are_as_exact_as_pytorchs(name, dtype, exhaustive):
-    model = build(CONFIGS[name](), dtype)
+    model = random_causal_lm(CONFIGS[name](), dtype, DEVICE)
     exact = DecodeTransformer(*text_stack(copy.deepcopy(model).double()))
     transformer = DecodeTransformer(*text_stack(model))
     for prefix in (0, 1, 15, 16, 17, 31, 33, 700):
@@ -160,7 +138,7 @@ def test_logits_and_cache_are_as_exact_as_pytorchs(name, dtype, exhaustive):
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
 def test_a_layer_of_the_7b_is_as_exact_as_pytorchs(dtype):
-    model = build(LlamaConfig(**LAYER_OF_7B), dtype)
+    model = random_causal_lm(LlamaConfig(**LAYER_OF_7B), dtype, DEVICE)
     exact = DecodeTransformer(*text_stack(copy.deepcopy(model).double()))
     transformer = DecodeTransformer(*text_stack(model))
     for gamma, prefixes in ((0, [700]), (5, [700]), (15, [4000]), (7, [700, 20, 300])):
@@ -193,7 +171,9 @@ def path_logits(transformer, cache, tokens, prefixes, tree, node, seed):
 @pytest.mark.parametrize("config", [*CONFIGS, "7b"])
 @torch.no_grad()
 def test_a_token_has_the_same_bits_however_it_came(config):
-    model = build(LlamaConfig(**LAYER_OF_7B) if config == "7b" else CONFIGS[config](), torch.bfloat16)
+    model = random_causal_lm(
+        LlamaConfig(**LAYER_OF_7B) if config == "7b" else CONFIGS[config](), torch.bfloat16, DEVICE
+    )
     transformer = DecodeTransformer(*text_stack(model))
     tokens = torch.randint(transformer.vocab_size, (24,), generator=torch.Generator().manual_seed(1)).to(
         DEVICE
@@ -223,7 +203,9 @@ def test_a_token_has_the_same_bits_however_it_came(config):
 @pytest.mark.gpu
 @torch.no_grad()
 def test_rows_after_the_first_slot_see_those_of_earlier_passes():
-    transformer = DecodeTransformer(*text_stack(build(CONFIGS["grouped heads"](), torch.bfloat16)))
+    transformer = DecodeTransformer(
+        *text_stack(random_causal_lm(CONFIGS["grouped heads"](), torch.bfloat16, DEVICE))
+    )
     cache = random_cache(transformer, [37], 8)
     other = clone(cache)
     mask = DraftTree.kary((2, 2)).on(DEVICE).mask
@@ -238,7 +220,7 @@ def test_rows_after_the_first_slot_see_those_of_earlier_passes():
 @pytest.mark.gpu
 @torch.no_grad()
 def test_logits_of_one_row_are_those_of_all_rows():
-    transformer = DecodeTransformer(*text_stack(build(CONFIGS["qwen2"](), torch.float16)))
+    transformer = DecodeTransformer(*text_stack(random_causal_lm(CONFIGS["qwen2"](), torch.float16, DEVICE)))
     for gamma, prefixes in ((5, [20]), (6, [20, 3, 40, 5]), (15, [20] * 8)):
         cache = random_cache(transformer, prefixes, gamma + 1)
         tree, prefix = DraftTree.chain(gamma), torch.tensor(prefixes, device=DEVICE)
@@ -255,7 +237,9 @@ def test_logits_of_one_row_are_those_of_all_rows():
 @pytest.mark.gpu
 @torch.no_grad()
 def test_ids_outside_the_embedding_count_as_id_0():
-    transformer = DecodeTransformer(*text_stack(build(CONFIGS["multi-head"](), torch.bfloat16)))
+    transformer = DecodeTransformer(
+        *text_stack(random_causal_lm(CONFIGS["multi-head"](), torch.bfloat16, DEVICE))
+    )
     run = FusedPass(transformer, random_cache(transformer, [9], 3), 3, DraftTree.chain(2).on(DEVICE).mask)
     prefix = torch.tensor([9], device=DEVICE)
     inside = run(torch.tensor([[0, 5, 0]], device=DEVICE), prefix).clone()
@@ -265,7 +249,9 @@ def test_ids_outside_the_embedding_count_as_id_0():
 @pytest.mark.gpu
 @torch.no_grad()
 def test_replays_of_a_graph_give_the_same_bits():
-    transformer = DecodeTransformer(*text_stack(build(CONFIGS["grouped heads"](), torch.bfloat16)))
+    transformer = DecodeTransformer(
+        *text_stack(random_causal_lm(CONFIGS["grouped heads"](), torch.bfloat16, DEVICE))
+    )
     tree = DraftTree.kary((3, 2, 1))
     run = FusedPass(transformer, random_cache(transformer, [50, 300], 16), 16, tree.on(DEVICE).mask)
     ids = torch.randint(1003, (2, 16), device=DEVICE)
@@ -283,7 +269,9 @@ def test_replays_of_a_graph_give_the_same_bits():
 @pytest.mark.gpu
 @torch.no_grad()
 def test_the_clock_goes_forward():
-    transformer = DecodeTransformer(*text_stack(build(CONFIGS["grouped heads"](), torch.bfloat16)))
+    transformer = DecodeTransformer(
+        *text_stack(random_causal_lm(CONFIGS["grouped heads"](), torch.bfloat16, DEVICE))
+    )
     run = FusedPass(transformer, random_cache(transformer, [50], 2), 2, DraftTree.chain(1).on(DEVICE).mask)
     run.clock = torch.zeros(5 * 3 + 3, dtype=torch.int64, device=DEVICE)
     run(torch.zeros(1, 2, dtype=torch.int64, device=DEVICE), torch.tensor([50], device=DEVICE))
@@ -294,7 +282,9 @@ def test_the_clock_goes_forward():
 
 @pytest.mark.gpu
 def test_tensors_that_do_not_fit_are_refused():
-    transformer = DecodeTransformer(*text_stack(build(CONFIGS["grouped heads"](), torch.bfloat16)))
+    transformer = DecodeTransformer(
+        *text_stack(random_causal_lm(CONFIGS["grouped heads"](), torch.bfloat16, DEVICE))
+    )
     cache, mask = transformer.new_cache(2, 40), DraftTree.chain(2).on(DEVICE).mask
     run = FusedPass(transformer, cache, 3, mask)
     ids, prefix = (

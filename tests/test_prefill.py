@@ -7,10 +7,19 @@ import warnings
 
 import pytest
 import torch
-from models import IMAGE_TOKEN_ID, IMAGE_TOKENS, noisy_clone, picture_inputs, tiny_llama, tiny_llava
+from models import (
+    IMAGE_TOKEN_ID,
+    IMAGE_TOKENS,
+    LAYER_OF_7B,
+    noisy_clone,
+    picture_inputs,
+    random_causal_lm,
+    tiny_llama,
+    tiny_llava,
+)
 from test_verify import INTERPRETED
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, Qwen2Config
 from transformers.activations import ACT2FN
 
 from fastspec import DraftTree, SpeculativeDecoder
@@ -166,34 +175,12 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(**SMALL),
     "gelu": lambda: LlamaConfig(**SMALL, hidden_act="gelu"),
 }
-LAYER_OF_7B = {
-    "vocab_size": 64,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 4096,
-}
-
-
-def build(config, dtype, device):
-    """Random weights that keep activations near one; norms and biases away from their defaults."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim == 1:
-                    parameter.copy_(torch.randn_like(parameter) * 0.2 + ("norm" in name))
-                else:
-                    parameter.normal_(std=0.5 if "embed" in name else parameter.shape[1] ** -0.5)
-    return model.to(dtype)
 
 
 @torch.no_grad()
 def check_prefill(config, dtype, device, lengths, monkeypatch):
     """Hidden states and cache beside those of the same layers in PyTorch, both against float64; poison around."""
-    model = build(config, dtype, device)
+    model = random_causal_lm(config, dtype, device)
     exact = DecodeTransformer(*text_stack(copy.deepcopy(model).double()))
     transformer = DecodeTransformer(*text_stack(model))
     assert transformer.dtype == dtype
@@ -242,7 +229,7 @@ def test_prefill_is_as_exact_as_pytorchs(name, dtype, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prefill_of_a_layer_of_the_7b_is_as_exact_as_pytorchs(dtype, monkeypatch):
-    check_prefill(LlamaConfig(**LAYER_OF_7B), dtype, "cuda", (640, 641), monkeypatch)
+    check_prefill(LlamaConfig(**{**LAYER_OF_7B, "vocab_size": 64}), dtype, "cuda", (640, 641), monkeypatch)
 
 
 @pytest.mark.gpu
@@ -251,7 +238,7 @@ def test_kernels_are_compiled_once_for_all_lengths(monkeypatch):
     from fastspec.kernels import prefill as kernels
 
     monkeypatch.setenv("FASTSPEC_BACKEND", "triton")
-    transformer = DecodeTransformer(*text_stack(build(CONFIGS["qwen2"](), torch.bfloat16, "cuda")))
+    transformer = DecodeTransformer(*text_stack(random_causal_lm(CONFIGS["qwen2"](), torch.bfloat16, "cuda")))
 
     def compiled():
         every = (kernels.add_norm_kernel, kernels.rotate_kernel, kernels.gate_kernel)

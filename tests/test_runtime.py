@@ -6,7 +6,16 @@ import weakref
 
 import pytest
 import torch
-from models import gpu_pair, noisy_clone, picture_inputs, requests_on, texts, tiny_llama, tiny_llava
+from models import (
+    gpu_pair,
+    noisy_clone,
+    picture_inputs,
+    requests_on,
+    texts,
+    texts_on_streams,
+    tiny_llama,
+    tiny_llava,
+)
 
 import fastspec
 from fastspec import DraftTree, Rule, SpeculativeDecoder, generation
@@ -325,19 +334,7 @@ def test_decoders_on_two_streams_leave_each_other_alone(dtype):
     requests = [requests_on(pair[0], 1, SAMPLED, 60) for pair in pairs]
     expected = [texts(decoder, one) for decoder, one in zip(decoders, requests, strict=True)]
     torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in pairs]
-    answers = [[], []]
-    generators = [decoder.stream(one) for decoder, one in zip(decoders, requests, strict=True)]
-    running = {0, 1}
-    while running:
-        for index in sorted(running):
-            with torch.cuda.stream(streams[index]):
-                commitment = next(generators[index], None)
-            if commitment is None:
-                running.remove(index)
-            else:
-                answers[index] += commitment.tokens[0]
-    assert [[answer] for answer in answers] == expected
+    assert texts_on_streams(decoders, requests) == expected
 
 
 @gpu
