@@ -43,7 +43,6 @@ void verify(std::uintptr_t target_logits, int logit_type, int64_t target_stride,
             std::uintptr_t next_token, std::uintptr_t invalid, int batch_size, int num_nodes, int num_inner,
             int max_depth, int vocab_size, int root_ahead, int root_inner_ahead, int rule, int group_size,
             std::uintptr_t mail, int mail_rows, std::uintptr_t clock, std::uintptr_t stream) {
-  const fastspec::Mailbox mailbox = fastspec::verify_mailbox(mail_rows, vocab_size);
   const fastspec::VerifyParams params = {.target_logits = pointer<const void>(target_logits),
                                          .draft_logits = pointer<const float>(draft_logits),
                                          .tokens = pointer<const int64_t>(tokens),
@@ -68,8 +67,8 @@ void verify(std::uintptr_t target_logits, int logit_type, int64_t target_stride,
                                          .group_size = group_size,
                                          .slicing = fastspec::Slicing(vocab_size),
                                          .mail = pointer<void>(mail),
-                                         .mail_size = mailbox.size,
-                                         .mail_rows = mailbox.num_rows,
+                                         .mail_size = fastspec::verify_mail_size(mail_rows, vocab_size),
+                                         .mail_rows = mail_rows,
                                          .clock = pointer<int64_t>(clock)};
   check(fastspec::verify(params, pointer<void>(stream)), "fastspec verify kernel");
 }
@@ -280,8 +279,7 @@ PYBIND11_MODULE(_C, m) {
       .def("launch", &Loop::launch);
   m.def("load", &load);
   m.def("driver_version", &driver_version);
-  m.def("verify_mail_messages",
-        [](int num_rows, int vocab_size) { return fastspec::verify_mailbox(num_rows, vocab_size).size; });
+  m.def("verify_mail_size", &fastspec::verify_mail_size);
   m.def("verify_group_size", &fastspec::verify_group_size);
   m.def("max_propose_group", &fastspec::max_propose_group);
   m.attr("architectures") = FASTSPEC_ARCHITECTURES;

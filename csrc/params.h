@@ -57,12 +57,6 @@ struct Slicing {
   explicit Slicing(int vocab_size);
 };
 
-// Room for the messages of a group: about so many rows at a time, in all so many of 16 bytes.
-struct Mailbox {
-  int num_rows;
-  int64_t size;
-};
-
 struct VerifyParams {
   const void* target_logits;  // [B, N, target_stride]
   const float* draft_logits;  // [B, N_inner, V], log-weights of q; null where the rule needs none
@@ -83,8 +77,8 @@ struct VerifyParams {
   Slicing slicing;
   int max_local = 0;  // slices of a block at most; verify() sets it
   void* mail;         // [B, mail_size] messages, zeros before the first launch; launches must not overlap
-  int64_t mail_size;  // these are a Mailbox
-  int mail_rows;
+  int64_t mail_size;  // verify_mail_size() of mail_rows
+  int mail_rows;      // about which there is room for messages at a time
   int64_t* clock;  // [kNumMarks] cycles at each Mark, for measuring; may be null
 };
 
@@ -231,9 +225,11 @@ int make_loop(const LoopParams& params, void* cycle, LoopGraph* loop);
 int launch_loop(const LoopGraph& loop, void* stream);
 void destroy_loop(LoopGraph* loop);
 
-// The most blocks that can work on one sequence (or row) together on the current device; 1 before sm_90.
-Mailbox verify_mailbox(int num_rows, int vocab_size);
-int verify_group_size(int batch_size, int vocab_size);  // the best on the current device
+// How many messages of 16 bytes the blocks of a group may have under way, about so many rows at a time.
+int64_t verify_mail_size(int num_rows, int vocab_size);
+// Blocks per sequence with which a verification is fastest on the current device.
+int verify_group_size(int batch_size, int vocab_size);
+// The most blocks that can propose from one row together on the current device; 1 before sm_90.
 int max_propose_group();
 
 // Slots of the ring through which a pass would stream weights on the current device; it needs at least kMinSlots.

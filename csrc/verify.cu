@@ -182,7 +182,7 @@ struct LargestThree {
     for (int j = 0; j < kVectors; ++j) add(x[j].x), add(x[j].y), add(x[j].z), add(x[j].w);
   }
 
-  // The largest eight of all lanes, the i-th to lane i, and no less than all the others to every lane.
+  // Up to eight of the largest of all lanes, the i-th to lane i, and no less than all the others to every lane.
   __device__ __forceinline__ float take(float& others) {
     float mine = -kInfinity;
     bool open = true;  // no lane has run out
@@ -626,9 +626,9 @@ Slicing::Slicing(int vocab_size) {
   num_slices = (num_tiles + tiles_per_slice - 1) / tiles_per_slice;
 }
 
-Mailbox verify_mailbox(int rows, int vocab_size) {
+int64_t verify_mail_size(int num_rows, int vocab_size) {
   const int slices = Slicing(vocab_size).num_slices;
-  return {rows, 1 + 2 * (kKinds * rows * slices + 2 * rows + 2 * kMaxRequests * slices)};
+  return 1 + 2 * (kKinds * num_rows * slices + 2 * num_rows + 2 * kMaxRequests * slices);
 }
 
 int verify_group_size(int batch_size, int vocab_size) {

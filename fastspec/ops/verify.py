@@ -105,7 +105,7 @@ class Verifier:
             self._group_size = extension().verify_group_size(batch_size, vocab_size)
         self._rows_at_once = min(ROWS_AT_ONCE, tree.num_nodes + len(tree.inner))
         self._root_ahead = tree.ahead(0)
-        messages = extension().verify_mail_messages(self._rows_at_once, vocab_size)
+        messages = extension().verify_mail_size(self._rows_at_once, vocab_size)
         self._mail = empty(batch_size, messages, 2)
         #: Where the kernel notes the cycles at each mark (csrc/params.h); for measuring only.
         self.clock: torch.Tensor | None = None
