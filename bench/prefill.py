@@ -84,9 +84,13 @@ def measure(setup: Setup) -> list[dict]:
 
 
 def _attentions(transformer: DecodeTransformer, prefill: Callable) -> dict[str, Callable]:
-    """The prefill by each attention, where there is more than PyTorch's."""
+    """The prefill by each attention, however long the prompt, where there is more than PyTorch's."""
     choices = flash_choices(transformer.device, transformer.dtype, transformer.head_dim)
+    usual = list(choices)
+    choices[:] = [flash._replace(least_tokens=0) for flash in usual]
     prefill()  # takes out of the choices what does not run
+    running = list(choices)
+    choices[:] = [flash for flash in usual if flash._replace(least_tokens=0) in running]
     usual = list(choices)
 
     def by(attentions: list) -> Callable:
@@ -97,7 +101,7 @@ def _attentions(transformer: DecodeTransformer, prefill: Callable) -> dict[str, 
 
         return run
 
-    ways = {flash.name.replace("flash-attn ", "flash"): [flash] for flash in usual}
+    ways = {flash.name.replace("flash-attn ", "flash"): [flash] for flash in running}
     if ways:
         ways["sdpa"] = []
     return {f"transformer_{name}": by(attentions) for name, attentions in ways.items()}

@@ -351,7 +351,10 @@ def machine(monkeypatch):
     clear()
 
 
-def heads(length=attention.MIN_TOKENS, dtype=torch.bfloat16):
+LONG = max(flash.least_tokens for flash in attention.FLASH)
+
+
+def heads(length=LONG, dtype=torch.bfloat16):
     torch.manual_seed(0)
     return tuple(torch.randn(1, length, count, 16, dtype=dtype) for count in (4, 2, 2))
 
@@ -385,12 +388,22 @@ def test_the_newest_flash_attention_that_the_gpu_knows_is_taken(machine):
 def test_pytorch_attends_where_flash_attention_would_not(machine, monkeypatch):
     flash = Flash()
     machine({"flash_attn": flash})
-    short, exact = heads(attention.MIN_TOKENS - 1), heads(dtype=torch.float32)
+    short, exact = heads(255), heads(dtype=torch.float32)
     for inputs in (short, exact):
         assert torch.equal(attention.causal_attention(*inputs, 0.25), sdpa(*inputs, 0.25))
     monkeypatch.setenv("FASTSPEC_BACKEND", "reference")
     attention.causal_attention(*heads(), 0.25)
     assert not flash.calls
+
+
+def test_a_prompt_too_short_for_one_flash_attention_may_be_long_enough_for_another(machine):
+    every = {"flash_attn.cute": Flash(True), "flash_attn": Flash()}
+    machine(every)
+    for length, chosen in ((255, None), (256, "flash_attn"), (2047, "flash_attn"), (2048, "flash_attn.cute")):
+        attention.causal_attention(*heads(length), 0.25)
+        assert [name for name, flash in every.items() if flash.calls] == ([chosen] if chosen else [])
+        for flash in every.values():
+            flash.calls.clear()
 
 
 def test_a_flash_attention_that_fails_is_left_out_with_one_warning(machine):
@@ -441,7 +454,7 @@ def test_installed_flash_attention_is_as_exact_as_pytorchs(flash, head_dim, dtyp
     if not attention._imports(flash.module):
         pytest.skip(f"{flash.name} is not installed")
     torch.manual_seed(0)
-    for length, kv_heads in ((256, 4), (641, 2)):
+    for length, kv_heads in ((flash.least_tokens, 4), (flash.least_tokens + 641, 2)):
         cache = torch.randn(2, kv_heads, length + 7, head_dim, device="cuda", dtype=dtype)
         keys, values = cache[:, :, :length].transpose(1, 2)[:, None]
         fused = torch.randn(length, 4 + 2 * kv_heads, head_dim, device="cuda", dtype=dtype)

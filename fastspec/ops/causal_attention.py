@@ -14,9 +14,6 @@ from torch.nn import functional as F
 from fastspec import environment
 from fastspec.ops.backends import Backend
 
-#: Shorter prompts take PyTorch's attention: flash-attn would take the host longer than it saves the GPU.
-MIN_TOKENS = 256
-
 
 class FlashAttention(NamedTuple):
     """A major version of flash-attn.
@@ -25,18 +22,21 @@ class FlashAttention(NamedTuple):
         name: what ``fastspec info`` calls it.
         module: where its ``flash_attn_func`` is.
         least_capability: least major compute capability of the GPU.
+        least_tokens: shorter prompts are left to others: it would take the host longer than it saves the GPU.
     """
 
     name: str
     module: str
     least_capability: int
+    least_tokens: int
 
 
-#: The most preferred first. All take ``[B, T, heads, head_dim]``; the fourth returns a tuple.
+#: The most preferred first. All take ``[B, T, heads, head_dim]``; the fourth returns a tuple. Its front end, in
+#: Python, takes the host some 150 µs per call, so at 640 tokens the GPU would wait for it in every layer.
 FLASH = (
-    FlashAttention("flash-attn 4", "flash_attn.cute", 9),
-    FlashAttention("flash-attn 3", "flash_attn_interface", 9),
-    FlashAttention("flash-attn 2", "flash_attn", 8),
+    FlashAttention("flash-attn 4", "flash_attn.cute", 9, 2048),
+    FlashAttention("flash-attn 3", "flash_attn_interface", 9, 256),
+    FlashAttention("flash-attn 2", "flash_attn", 8, 256),
 )
 SDPA = "PyTorch"
 
@@ -57,16 +57,15 @@ def causal_attention(
     Returns:
         ``[B, T, heads, head_dim]`` in the dtype of the queries.
     """
-    if queries.shape[1] >= MIN_TOKENS and environment.backend() != "reference":
+    if environment.backend() != "reference":
         choices = flash_choices(queries.device, queries.dtype, queries.shape[-1])
-        while choices:
-            flash = choices[0]
+        for flash in [flash for flash in choices if queries.shape[1] >= flash.least_tokens]:
             try:
                 mixed = _flash_function(flash.module)(queries, keys, values, softmax_scale=scale, causal=True)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # assertions, compilers' errors, missing kernels: each version its own
-                del choices[0]
+                choices.remove(flash)
                 warnings.warn(
                     f"{flash.name} does not run here and is left out: {type(error).__name__}: {error}",
                     RuntimeWarning,
@@ -101,7 +100,7 @@ def attentions() -> list[Backend]:
     for flash in FLASH:
         try:
             _flash_function(flash.module)
-            reason = f"{flash.module}, prompts of at least {MIN_TOKENS} tokens in bfloat16 or float16"
+            reason = f"{flash.module}, prompts of at least {flash.least_tokens} tokens in bfloat16 or float16"
         except ImportError as error:
             found.append(Backend(flash.name, False, str(error)))
             continue
