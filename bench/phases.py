@@ -1,10 +1,9 @@
 """Where the time inside a pass goes, by its own clock.
 
 The linear layers and the attention of the fused pass are steps of one kernel, which cannot be launched alone.
-Its first block notes when each begins. So a phase here lasts from the barrier of the whole grid before a step
-to the one after it, and with it the wait for the slowest block; only the head ends with the first block's own
-share. A phase can be shorter than its bytes take: its weights are on their way while the phase before it
-ends.
+Its first block notes when it begins each. So a phase here is what this block does between the beginnings of two
+steps, and with it the wait for what slower blocks hand over. A phase can be shorter than its bytes take: its weights
+are on their way while the phase before it ends.
 """
 
 from __future__ import annotations

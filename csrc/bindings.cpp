@@ -158,13 +158,12 @@ void compact(std::uintptr_t keys, std::uintptr_t values, std::uintptr_t num_toke
 fastspec::PassParams pass_params(std::uintptr_t layers, std::uintptr_t embedding, std::uintptr_t final_norm,
                                  std::uintptr_t lm_head, std::uintptr_t rotation, std::uintptr_t keys,
                                  std::uintptr_t values, std::uintptr_t num_visible, std::uintptr_t visible,
-                                 std::uintptr_t normed, std::uintptr_t queries, std::uintptr_t mixed,
-                                 std::uintptr_t gated, std::uintptr_t squares, std::uintptr_t partials,
-                                 std::uintptr_t extremes, std::uintptr_t counters, int type, int batch_size,
-                                 int num_rows, int first_slot, int num_slots, int max_visible, int num_layers,
-                                 int hidden_size, int num_heads, int num_kv_heads, int head_dim, int ffn_size,
-                                 int vocab_size, int embedding_rows, int capacity, int num_splits, int residual_tile,
-                                 int num_blocks, int under_way, float epsilon, float scale) {
+                                 std::uintptr_t key_map, std::uintptr_t value_map, std::uintptr_t parts,
+                                 std::uintptr_t counters, int type, int batch_size, int num_rows, int first_slot,
+                                 int num_slots, int max_visible, int num_layers, int hidden_size, int num_heads,
+                                 int num_kv_heads, int head_dim, int ffn_size, int vocab_size, int embedding_rows,
+                                 int capacity, int num_splits, int residual_tile, int num_blocks, int under_way,
+                                 float epsilon, float scale) {
   return {.layers = pointer<const fastspec::PassLayer>(layers),
           .embedding = pointer<const void>(embedding),
           .final_norm = pointer<const void>(final_norm),
@@ -174,13 +173,10 @@ fastspec::PassParams pass_params(std::uintptr_t layers, std::uintptr_t embedding
           .values = pointer<void>(values),
           .num_visible = pointer<const int>(num_visible),
           .visible = pointer<const uint8_t>(visible),
-          .normed = pointer<void>(normed),
-          .queries = pointer<void>(queries),
-          .mixed = pointer<void>(mixed),
-          .gated = pointer<void>(gated),
-          .squares = pointer<float>(squares),
-          .partials = pointer<float>(partials),
-          .extremes = pointer<float>(extremes),
+          .key_map = pointer<const void>(key_map),
+          .value_map = pointer<const void>(value_map),
+          .exchange = nullptr,
+          .parts = pointer<void>(parts),
           .counters = pointer<uint32_t>(counters),
           .type = static_cast<fastspec::LogitType>(type),
           .batch_size = batch_size,
@@ -205,9 +201,9 @@ fastspec::PassParams pass_params(std::uintptr_t layers, std::uintptr_t embedding
           .scale = scale};
 }
 
-py::bytes encode_weights(std::uintptr_t weights, int64_t rows, int64_t depth) {
+py::bytes encode_matrix(std::uintptr_t matrix, int64_t rows, int64_t depth, bool is_cache) {
   alignas(64) char map[fastspec::kTensorMapBytes];
-  check(fastspec::encode_weights(pointer<const void>(weights), rows, depth, map), "fastspec weight map");
+  check(fastspec::encode_matrix(pointer<const void>(matrix), rows, depth, is_cache, map), "fastspec matrix map");
   return py::bytes(map, sizeof(map));
 }
 
@@ -265,12 +261,16 @@ int driver_version() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels of fastspec; see fastspec.ops for what they compute";
   py::class_<fastspec::SamplingParams>(m, "SamplingParams").def(py::init(&sampling_params));
-  py::class_<fastspec::PassParams>(m, "PassParams").def(py::init(&pass_params));
+  py::class_<fastspec::PassParams>(m, "PassParams")
+      .def(py::init(&pass_params))
+      .def("set_exchange",
+           [](fastspec::PassParams& params, std::uintptr_t exchange) { params.exchange = pointer<void>(exchange); });
   m.def("verify", &verify);
   m.def("propose", &propose);
-  m.def("encode_weights", &encode_weights);
+  m.def("encode_matrix", &encode_matrix);
   m.def("run_pass", &run_pass);
   m.def("pass_slots", &fastspec::pass_slots);
+  m.def("pass_exchange_bytes", &fastspec::pass_exchange_bytes);
   m.def("commit", &commit);
   m.def("compact", &compact);
   py::class_<Loop>(m, "Loop")

@@ -159,6 +159,7 @@ constexpr int kMaxVisible = 17;  // rows of a pass that one of them sees, itself
 constexpr int kMaxSplits = 8;    // blocks that share the keys of one head
 constexpr int kNearParts = 4;    // parts of the keys that are not split so
 constexpr int kMinSlots = 4;     // of the ring
+constexpr int kExchanges = 3;    // buffers through which the blocks of a pass hand over activations
 
 // Weights of one decoder layer: vectors, of which qkv_bias may be null, and tensor maps (encode_weights) of matrices
 // [out, in].
@@ -177,40 +178,38 @@ struct PassParams {
   void *keys, *values;      // [num_layers, B, num_kv_heads, capacity, head_dim]
   const int* num_visible;   // [R], rows after the prefix that each row sees
   const uint8_t* visible;   // [R, kMaxVisible], which ones, in order of position
-  // Work space; rows of operands are padded to a multiple of 32 elements, with zeros.
-  void* normed;        // [rows, hidden_size padded], residual stream times the weight of the norm that reads it
-  void* queries;       // [rows, num_heads * head_dim]
-  void* mixed;         // [rows, num_heads * head_dim padded]
-  void* gated;         // [rows, ffn_size padded]
-  float* squares;      // [rows, num_blocks], sums of squares of the features of each block
-  float* partials;     // [tiles, num_splits + kNearParts, 16, head_dim], outputs of parts of attention, for each
-                       // tile of 16 pairs of a row and a query head of each head of the cache
-  float* extremes;     // [tiles, num_splits + kNearParts, 16, 2], their maxima and sums of weights
-  uint32_t* counters;  // [2 + tiles], all zero between launches
-  LogitType type;      // of weights, cache and activations
+  const void *key_map, *value_map;  // tensor maps of the same, as matrices of head_dim columns
+  // Work space. Launches that share it must not overlap.
+  void* exchange;      // [kExchanges, pass_exchange_bytes()], all bits set before the first launch; see pass.cuh
+  void* parts;         // [tiles, num_splits + kNearParts, 16, head_dim / 2] messages, zeros before the first launch:
+                // outputs of the parts of attention, for each tile of 16 pairs of a row and a query head of
+                // each head of the cache
+  uint32_t* counters;  // [4], zeros before the first launch: arrivals, departures, launches in 64 bits
+  LogitType type;  // of weights, cache and activations
   int batch_size, num_rows, first_slot;
-  int num_slots;    // scratch rows after the prefix that may be read or written
+  int num_slots;  // scratch rows after the prefix that may be read or written
   int max_visible;  // largest of num_visible
   int num_layers, hidden_size, num_heads, num_kv_heads, head_dim, ffn_size, vocab_size, embedding_rows, capacity;
   int num_splits;
   int residual_tile;  // rows of the matrices that write the residual stream which go together, 8 or 16
-  int num_blocks;     // one per multiprocessor
-  int under_way;      // slots of the ring that may be on their way from memory at a time
+  int num_blocks;  // one per multiprocessor
+  int under_way;  // slots of the ring that may be on their way from memory at a time
   float epsilon;
   float scale;  // of attention scores
 };
 
 struct PassCall {
   const int64_t* token_ids;  // [B, R]
-  const int64_t* prefix;     // [B]
+  const int64_t* prefix;  // [B]
   const int64_t* logit_row;  // [B], the row of each sequence whose logits are wanted; null: all
-  float* logits;             // [B, R or 1, vocab_size]
-  int64_t* clock;            // [5 num_layers + 3] ns at the end of each phase, for measuring; may be null
+  float* logits;  // [B, R or 1, vocab_size]
+  int64_t* clock;  // [5 num_layers + 3] ns at the end of each phase, for measuring; may be null
 };
 
 // Describes a row-major matrix of 16-bit elements to the bulk copies of a pass, in kTensorMapBytes that go to device
-// memory, aligned to 64 bytes; depth must be a multiple of 64. Returns a CUDA error code.
-int encode_weights(const void* weights, int64_t rows, int64_t depth, void* map);
+// memory, aligned to 64 bytes; depth must be a multiple of 64. Weights come in boxes of 8 rows, the cache in boxes of
+// 16. Returns a CUDA error code.
+int encode_matrix(const void* matrix, int64_t rows, int64_t depth, bool is_cache, void* map);
 
 // Each launches one kernel on the stream and returns a CUDA error code.
 int verify(const VerifyParams& params, void* stream);
@@ -234,5 +233,7 @@ int max_propose_group();
 
 // Slots of the ring through which a pass would stream weights on the current device; it needs at least kMinSlots.
 int pass_slots(const PassParams& params);
+// Bytes of one of its exchange buffers.
+int64_t pass_exchange_bytes(const PassParams& params);
 
 }  // namespace fastspec

@@ -13,7 +13,7 @@ int pass_half(const PassParams& params, const PassCall& call, void* stream);
 
 static_assert(sizeof(CUtensorMap) == kTensorMapBytes);
 
-int encode_weights(const void* weights, int64_t rows, int64_t depth, void* map) {
+int encode_matrix(const void* matrix, int64_t rows, int64_t depth, bool is_cache, void* map) {
   constexpr int kSince = 12000;  // the version of CUDA that brought the function
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = {};
@@ -25,9 +25,12 @@ int encode_weights(const void* weights, int64_t rows, int64_t depth, void* map) 
   // [block][row][64] in memory as in shared memory.
   const cuuint64_t sizes[] = {kBoxBlock, static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(depth / kBoxBlock)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(2 * depth), 2 * kBoxBlock};
-  const cuuint32_t box[] = {kBoxBlock, kBoxRows, kChunk / kBoxBlock}, steps[] = {1, 1, 1};
+  const cuuint32_t weight_box[] = {kBoxBlock, kBoxRows, kChunk / kBoxBlock};
+  const cuuint32_t cache_box[] = {kBoxBlock, kKeyGroup, static_cast<cuuint32_t>(depth / kBoxBlock)};
+  const cuuint32_t* const box = is_cache ? cache_box : weight_box;
+  const cuuint32_t steps[] = {1, 1, 1};
   const CUresult result =
-      encode(static_cast<CUtensorMap*>(map), CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(weights), sizes,
+      encode(static_cast<CUtensorMap*>(map), CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(matrix), sizes,
              strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
@@ -38,9 +41,11 @@ int pass_slots(const PassParams& params) {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   bytes -= static_cast<int>(sizeof(PassShared));
-  bytes -= bytes_behind_ring(params, padded_rows(params.batch_size * params.num_rows));
+  bytes -= PassPlan(params).bytes_behind_ring(params);
   return std::min(std::max(bytes, 0) / kSlotBytes, kMaxSlots);
 }
+
+int64_t pass_exchange_bytes(const PassParams& params) { return ExchangeLayout(params).bytes; }
 
 int run_pass(const PassParams& params, const PassCall& call, void* stream) {
   int device = 0, major = 0;

@@ -9,10 +9,12 @@
 //   near   positions B(p) to p, at most 32, in four parts of 8: a warp for a part of a row and a head, in single
 //          precision.
 //
-// A block takes a split of the keys of one head of the cache, for tiles of 16 pairs of a row and a query head. The last
-// block to finish a tile merges the splits and the near parts, in that order.
+// A block takes a split of the keys of one head of the cache, for tiles of 16 pairs of a row and a query head. Every
+// part of a pair's attention, the splits and the near ones, goes as messages (mail.cuh) to the block that the pair
+// belongs to, which merges them in that order.
 #pragma once
 
+#include "mail.cuh"
 #include "pass.cuh"
 #include "pass_linear.cuh"
 
@@ -39,31 +41,23 @@ struct AttentionUnit {
     groups = far_groups(shared.prefix[sequence] + params.max_visible - 1);
     line = static_cast<int64_t>(layer * params.batch_size * params.num_kv_heads + line_index) * params.capacity;
   }
-
-  __device__ __forceinline__ static int count(const PassParams& params) {
-    return params.batch_size * params.num_kv_heads * params.num_splits;
-  }
 };
-
-__device__ __forceinline__ int pair_tiles(const PassParams& params) {
-  return divide_up(params.num_rows * (params.num_heads / params.num_kv_heads), 16);
-}
 
 // By the producer: the far keys and values, again for every tile of pairs.
 template <typename T, int kTiles>
 __device__ __forceinline__ void stream_prefix(PassContext<T, kTiles>& context, int layer, uint64_t policy) {
   const PassParams& params = context.params;
-  const int lane = lane_index(), dim = params.head_dim, bytes = dim * static_cast<int>(sizeof(T));
-  const int units = AttentionUnit::count(params), tiles = pair_tiles(params);
+  const int lane = lane_index(), bytes = key_box_bytes(params.head_dim);
+  const int units = context.plan.units, tiles = context.plan.pair_tiles;
   const int under_way = min(params.under_way, context.ring.num_slots() - 1);
-  const T* const source = static_cast<const T*>(lane < kKeyGroup ? params.keys : params.values);
+  const void* const map = lane == 0 ? params.key_map : params.value_map;
   for (int index = static_cast<int>(blockIdx.x); index < units; index += params.num_blocks) {
     const AttentionUnit unit(params, context.shared, layer, index);
-    const T* const line = source + (unit.line + lane % kKeyGroup) * dim;
     for (int tile = 0; tile < tiles; ++tile) {
       for (int group = unit.split; group < unit.groups; group += params.num_splits) {
-        context.ring.acquire(2 * kKeyGroup * bytes, under_way);
-        context.ring.copy(lane * key_pitch(dim), line + group * kKeyGroup * dim, bytes, policy);
+        context.ring.acquire(2 * bytes, under_way);
+        const int row = static_cast<int>(unit.line) + group * kKeyGroup;
+        if (lane < 2) context.ring.copy_box(lane * bytes, map, row, 0, policy);
         context.ring.advance(1);
       }
     }
@@ -76,31 +70,33 @@ class AttentionStep {
  public:
   __device__ __forceinline__ AttentionStep(PassContext<T, kTiles>& context, int layer)
       : context_(context), params_(context.params), shared_(context.shared), ring_(context.ring), layer_(layer) {
-    heads_ = params_.num_heads / params_.num_kv_heads;
+    number_ = static_cast<uint32_t>(shared_.launches * params_.num_layers + layer + 1);
     scale_ = params_.scale * 1.44269504f;  // for powers of two
   }
 
   __device__ __forceinline__ void run() {
-    const int units = AttentionUnit::count(params_), tiles = pair_tiles(params_);
+    const int units = context_.plan.units, tiles = context_.plan.pair_tiles;
     for (int index = static_cast<int>(blockIdx.x); index < units; index += params_.num_blocks) {
       const AttentionUnit unit(params_, shared_, layer_, index);
       for (int tile = 0; tile < tiles; ++tile) {
         first_pair_ = 16 * tile;
-        num_pairs_ = min(16, params_.num_rows * heads_ - first_pair_);
-        const int place = index / params_.num_splits * tiles + tile;
-        results_ = static_cast<int64_t>(place) * (params_.num_splits + kNearParts) * 16;
+        num_pairs_ = min(16, params_.num_rows * context_.plan.group - first_pair_);
+        const int64_t place = index / params_.num_splits * tiles + tile;
+        parts_ = static_cast<Message*>(params_.parts) + place * num_parts() * 16 * kTwos;
         attend_near(unit);
         attend_far(unit);
-        if (is_last(params_.counters + 2 + place)) merge(unit);
+        merge(unit);
+        sync_consumers();
       }
     }
   }
 
  private:
-  static constexpr int kPitch = key_pitch(kDim);
+  static constexpr int kPitch = query_pitch(kDim);
   static constexpr int kPieces = kDim / 8;  // 16-byte pieces of a row of the cache
   static constexpr int kSums = kDim / 8;  // 16 x 8 tiles of the output
   static constexpr int kLaneDims = kDim / 32;  // elements of a row that a lane holds
+  static constexpr int kTwos = kDim / 2;  // neighbouring elements of the output
   using LanePiece = std::conditional_t<kLaneDims == 4, uint2, uint32_t>;
 
   // Eight near keys and values of a pair, on their way: four lanes for a key, all lanes for a value.
@@ -110,7 +106,27 @@ class AttentionStep {
     int count;
   };
 
-  __device__ __forceinline__ int row_of(int pair) const { return (first_pair_ + pair) / heads_; }
+  // Queries, keys and values of this pass, [rows, heads, head_dim], and the result, as operands of the output step.
+  __device__ __forceinline__ const T* handed() const {
+    return reinterpret_cast<const T*>(context_.exchange(layer_) + context_.plan.exchange.qkv);
+  }
+  __device__ __forceinline__ T* mixed() const {
+    return reinterpret_cast<T*>(context_.exchange(layer_) + context_.plan.exchange.mixed);
+  }
+
+  __device__ __forceinline__ int num_parts() const { return params_.num_splits + kNearParts; }
+
+  // Two elements of a part of a pair's output, already divided by the sum of the weights, with the logarithm of that
+  // sum: what the merge needs in one message. A layer writes over those of the layer before: a block has queries when
+  // all blocks are done with what was merged there.
+  __device__ __forceinline__ Message* message(int part, int pair, int two) const {
+    return parts_ + (part * 16 + pair) * kTwos + two;
+  }
+  __device__ __forceinline__ void send_part(int part, int pair, int two, float2 output, float level) const {
+    send(message(part, pair, two), content_of(output.x, output.y), content_of(__uint_as_float(number_), level));
+  }
+
+  __device__ __forceinline__ int row_of(int pair) const { return (first_pair_ + pair) / context_.plan.group; }
   __device__ __forceinline__ int position_of(const AttentionUnit& unit, int row) const {
     return shared_.position[unit.sequence * params_.num_rows + row];
   }
@@ -120,80 +136,113 @@ class AttentionStep {
     return unit.sequence * params_.num_rows + row_of(pair);
   }
   __device__ __forceinline__ int first_feature(const AttentionUnit& unit, int pair) const {
-    return (unit.head * heads_ + (first_pair_ + pair) % heads_) * kDim;
+    return (unit.head * context_.plan.group + (first_pair_ + pair) % context_.plan.group) * kDim;
   }
 
-  // Pairs go round the splits, and their parts round the warps.
+  // Parts of the near keys go round the splits, a part of a pair to a warp.
   struct NearTask {
     int pair, part;
   };
   __device__ __forceinline__ NearTask near_task(const AttentionUnit& unit, int index) const {
-    return {unit.split + params_.num_splits * (index / kNearParts), index % kNearParts};
+    int part = unit.split;
+    for (; index >= num_pairs_; index -= num_pairs_) part += params_.num_splits;
+    return {index, part};
   }
 
-  __device__ __forceinline__ int num_near_tasks(const AttentionUnit& unit) const {
-    const int pairs = divide_up(num_pairs_ - unit.split, params_.num_splits);
-    return pairs * kNearParts;
-  }
-
-  __device__ __forceinline__ void load_near(const AttentionUnit& unit, const NearTask& task, bool wanted,
-                                            Near& near) const {
-    const Thread thread;
-    const int lane = thread.lane, row = wanted ? row_of(task.pair) : 0, prefix = shared_.prefix[unit.sequence];
+  // Where the keys of a part lie, a key to four lanes.
+  struct NearKeys {
+    int count;  // of the part
+    int row;  // in the cache; of lanes without a key, row 0
+    int own;  // among the rows of this pass, which are handed over; negative in the cache
+  };
+  __device__ __forceinline__ NearKeys find_near(const AttentionUnit& unit, const NearTask& task) const {
+    const int lane = Thread().lane, prefix = shared_.prefix[unit.sequence], row = row_of(task.pair);
     const int last = position_of(unit, row), first = far_groups(last) * kKeyGroup + task.part * kNearKeys;
-    near.count = wanted ? min(max(last + 1 - first, 0), kNearKeys) : 0;
-    const bool inside = lane / 4 < near.count;
-    int place = inside ? first + lane / 4 : 0;
-    if (place >= prefix && inside) {
-      place = prefix + __ldg(params_.visible + row * kMaxVisible + place - prefix);
-    }
-    const T* const keys = static_cast<const T*>(params_.keys) + unit.line * kDim;
-    const T* const values = static_cast<const T*>(params_.values) + unit.line * kDim;
+    NearKeys keys = {min(max(last + 1 - first, 0), kNearKeys), 0, -1};
+    if (lane / 4 >= keys.count) return keys;
+    keys.row = first + lane / 4;
+    if (keys.row < prefix) return keys;
+    const int slot = __ldg(params_.visible + row * kMaxVisible + keys.row - prefix);
+    keys.row = prefix + slot, keys.own = slot - params_.first_slot;
+    return keys;
+  }
+
+  // Starts the loads. Those of keys and values of this pass itself may come too early; returns whether some did, and
+  // loads only these if called again.
+  __device__ __forceinline__ bool load_near(const AttentionUnit& unit, const NearTask& task, bool again,
+                                            Near& near) const {
+    const int lane = Thread().lane, heads = context_.plan.qkv_heads;
+    const NearKeys keys = find_near(unit, task);
+    const T* const handed = this->handed() + unit.sequence * params_.num_rows * heads * kDim;
+    const auto at = [&](int row, int own, const void* cache, int head) {
+      return own >= 0 ? handed + (own * heads + head) * kDim : static_cast<const T*>(cache) + (unit.line + row) * kDim;
+    };
+    near.count = keys.count;
+    bool missing = false;
+    const int key_head = params_.num_heads + unit.head, value_head = key_head + params_.num_kv_heads;
+    const uint4* const key = reinterpret_cast<const uint4*>(at(keys.row, keys.own, params_.keys, key_head));
 #pragma unroll
     for (int i = 0; i < kPieces / 4; ++i) {
-      const uint4* const piece = reinterpret_cast<const uint4*>(keys + place * kDim) + 4 * i + lane % 4;
-      near.key[i] = inside ? __ldcg(piece) : uint4{0, 0, 0, 0};
+      if (!again || keys.own >= 0) near.key[i] = lane / 4 < near.count ? look_at(key + 4 * i + lane % 4) : uint4{};
     }
 #pragma unroll
     for (int i = 0; i < kNearKeys; ++i) {
-      const int from = __shfl_sync(kAllLanes, place, 4 * i);
-      const LanePiece* const piece = reinterpret_cast<const LanePiece*>(values + from * kDim) + lane;
-      near.value[i] = i < near.count ? __ldcg(piece) : LanePiece{};
+      const int row = __shfl_sync(kAllLanes, keys.row, 4 * i), own = __shfl_sync(kAllLanes, keys.own, 4 * i);
+      const T* const value = at(row, own, params_.values, value_head);
+      if (!again || own >= 0) {
+        near.value[i] = i < near.count ? look_at(reinterpret_cast<const LanePiece*>(value) + lane) : LanePiece{};
+      }
+      missing |= own >= 0 && is_absent(near.value[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kPieces / 4; ++i) missing |= keys.own >= 0 && is_absent(near.key[i]);
+    return __any_sync(kAllLanes, missing);
+  }
+
+  // The near parts of this block; the last warps begin, which have the fewest groups of far keys. The first keys and
+  // values are on their way before the queries have come.
+  __device__ __forceinline__ void attend_near(const AttentionUnit& unit) const {
+    int index = kConsumerWarps - 1 - Thread().warp;
+    NearTask task = near_task(unit, index);
+    Near near;
+    bool missing = load_near(unit, task, false, near);
+    load_queries(unit);
+#pragma unroll 1
+    while (task.part < kNearParts) {
+      Patience patience("near keys of layer", layer_);
+      while (missing) {
+        missing = load_near(unit, task, true, near);
+        patience.poll();
+      }
+      send_near(task, near);
+      index += kConsumerWarps;
+      task = near_task(unit, index);
+      missing = load_near(unit, task, false, near);
     }
   }
 
-  // Leaves the queries of the tile in shared memory; they travel beside the first keys and values.
-  __device__ __forceinline__ void attend_near(const AttentionUnit& unit) {
-    const Thread thread;
-    const int tasks = num_near_tasks(unit);
-    int index = thread.warp;
-#pragma unroll 1
-    do {
-      const NearTask task = near_task(unit, index);
-      Near near;
-      load_near(unit, task, index < tasks, near);
-      if (index == thread.warp) load_queries(unit);
-      if (index < tasks) write_near(task, near);
-      index += kConsumerWarps;
-    } while (index < tasks);
-  }
-
-  __device__ __forceinline__ void load_queries(const AttentionUnit& unit) {
+  // Brings the queries of the tile to shared memory.
+  __device__ __forceinline__ void load_queries(const AttentionUnit& unit) const {
     const Thread thread;
     const int pair = thread.index / kPieces, piece = thread.index % kPieces;
     if (pair < 16) {
       uint4 value = {0, 0, 0, 0};
       if (pair < num_pairs_) {
-        const int at = global_row(unit, pair) * params_.num_heads * kDim + first_feature(unit, pair);
-        const T* const query = static_cast<const T*>(params_.queries) + at;
-        value = __ldcg(reinterpret_cast<const uint4*>(query) + piece);
+        const int heads = context_.plan.qkv_heads;
+        const int at = global_row(unit, pair) * heads * kDim + first_feature(unit, pair);
+        const uint4* const query = reinterpret_cast<const uint4*>(handed() + at) + piece;
+        Patience patience("queries of layer", layer_);
+        do {
+          value = look_at(query);
+          patience.poll();
+        } while (is_absent(value));
       }
       shared_.queries[(pair * kPitch) / 16 + piece] = value;
     }
     sync_consumers();
   }
 
-  __device__ __forceinline__ void write_near(const NearTask& task, const Near& near) {
+  __device__ __forceinline__ void send_near(const NearTask& task, const Near& near) const {
     const Thread thread;
     const int lane = thread.lane;
     const uint4* const query = shared_.queries + task.pair * kPitch / 16;
@@ -229,28 +278,18 @@ class AttentionStep {
         output[2 * j + 1] = fmaf(share, value.y, output[2 * j + 1]);
       }
     }
-    const int64_t at = results_ + (params_.num_splits + task.part) * 16 + task.pair;
-    float* const out = params_.partials + at * kDim + lane * kLaneDims;
+    const float level = level_of(top, total), factor = total > 0 ? 1.0f / total : 0.0f;
 #pragma unroll
     for (int j = 0; j < kLaneDims; j += 2) {
-      *reinterpret_cast<float2*>(out + j) = {output[j], output[j + 1]};
+      send_part(params_.num_splits + task.part, task.pair, (lane * kLaneDims + j) / 2,
+                {output[j] * factor, output[j + 1] * factor}, level);
     }
-    if (lane == 0) reinterpret_cast<float2*>(params_.extremes)[at] = {top, total};
   }
 
   // The far keys of this split; all warps pass over all slots and take every eighth.
   __device__ __forceinline__ void attend_far(const AttentionUnit& unit) {
     const Thread thread;
     const int lane = thread.lane, g = lane / 4, q = lane % 4;
-    if (unit.split >= unit.groups) {
-      if (thread.index < 16) write_extreme(unit, thread.index, {-kInfinity, 0});
-      return;
-    }
-    uint32_t queries[kDim / 16][4];
-#pragma unroll
-    for (int k = 0; k < kDim / 16; ++k) {
-      load_matrices(queries[k], shared_address(shared_.queries) + lane % 16 * kPitch + (2 * k + lane / 16) * 16);
-    }
     int limits[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -266,7 +305,7 @@ class AttentionStep {
       ring_.wait_full(place);
       if (turn % kConsumerWarps == thread.warp) {
         const bool sees[2] = {group < limits[0], group < limits[1]};
-        last_read = add_group(ring_.address(place), queries, sees, output, top, total);
+        last_read = add_group(ring_.address(place), sees, output, top, total);
       }
       ring_.leave(place, last_read);
       ring_.advance(1);
@@ -278,42 +317,23 @@ class AttentionStep {
       total[half] += __shfl_xor_sync(kAllLanes, total[half], 2);
       if (q == 0) shared_.extremes[thread.warp][g + 8 * half] = {top[half], total[half]};
     }
-    sync_consumers();
-    float share[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) share[half] = share_of(top[half], block_top(g + 8 * half));
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      output[i][0] *= share[0], output[i][1] *= share[0];
-      output[i][2] *= share[1], output[i][3] *= share[1];
-    }
-    if (thread.index < 16) {
-      const int pair = thread.index;
-      const float highest = block_top(pair);
-      float sum = 0;
-#pragma unroll
-      for (int i = 0; i < kConsumerWarps; ++i) {
-        const float2 part = shared_.extremes[i][pair];
-        sum += part.y * share_of(part.x, highest);
-      }
-      write_extreme(unit, pair, {highest, sum});
-    }
-    add_up(unit, output);
+    send_far(unit, output);
   }
 
   // Online softmax over 16 keys. A row that does not see them is left as it was. Returns what the last loads brought.
-  __device__ __forceinline__ uint32_t add_group(uint32_t slot, const uint32_t (&queries)[kDim / 16][4],
-                                                const bool (&sees)[2], float (&output)[kSums][4], float (&top)[2],
-                                                float (&total)[2]) const {
-    const int lane = lane_index(), matrix = lane / 8;
+  __device__ __forceinline__ uint32_t add_group(uint32_t slot, const bool (&sees)[2], float (&output)[kSums][4],
+                                                float (&top)[2], float (&total)[2]) const {
+    const int lane = Thread().lane, matrix = lane / 8;
     float scores[2][4] = {};
-    const uint32_t key = slot + (lane % 8 + matrix / 2 * 8) * kPitch + matrix % 2 * 16;
+    const uint32_t key = slot + (lane % 8 + matrix / 2 * 8) * 128;
+    const uint32_t query = shared_address(shared_.queries) + lane % 16 * kPitch + lane / 16 * 16;
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
-      uint32_t keys[4];
-      load_matrices(keys, key + 32 * k);
-      mma<T>(scores[0], queries[k], keys[0], keys[1]);
-      mma<T>(scores[1], queries[k], keys[2], keys[3]);
+      uint32_t queries[4], keys[4];
+      load_matrices(queries, query + 32 * k);
+      load_matrices(keys, key + k / 4 * (kKeyGroup * 128) + ((2 * k % 8 + matrix % 2) ^ lane % 8) * 16);
+      mma<T>(scores[0], queries, keys[0], keys[1]);
+      mma<T>(scores[1], queries, keys[2], keys[3]);
     }
     float weights[2][4], factors[2];
 #pragma unroll
@@ -343,12 +363,12 @@ class AttentionStep {
     }
     const uint32_t packed[4] = {pack<T>(weights[0][0], weights[0][1]), pack<T>(weights[0][2], weights[0][3]),
                                 pack<T>(weights[1][0], weights[1][1]), pack<T>(weights[1][2], weights[1][3])};
-    const uint32_t value = slot + kKeyGroup * kPitch + (lane % 8 + matrix % 2 * 8) * kPitch + matrix / 2 * 16;
+    const uint32_t value = slot + key_box_bytes(kDim) + (lane % 8 + matrix % 2 * 8) * 128;
     uint32_t last_read = 0;
 #pragma unroll
     for (int i = 0; i < kSums; i += 2) {
       uint32_t values[4];
-      load_transposed(values, value + 16 * i);
+      load_transposed(values, value + i / 8 * (kKeyGroup * 128) + ((i % 8 + matrix / 2) ^ lane % 8) * 16);
       last_read |= values[0];
       mma<T>(output[i], packed, values[0], values[1]);
       mma<T>(output[i + 1], packed, values[2], values[3]);
@@ -356,91 +376,106 @@ class AttentionStep {
     return last_read;
   }
 
-  __device__ __forceinline__ float block_top(int pair) const {
-    float highest = -kInfinity;
-#pragma unroll
-    for (int i = 0; i < kConsumerWarps; ++i) highest = fmaxf(highest, shared_.extremes[i][pair].x);
-    return highest;
-  }
+  // The logarithm of the sum of weights 2^score, from those relative to their maximum; -inf of none.
+  __device__ __forceinline__ static float level_of(float top, float total) { return top + log2f(total); }
 
   // What a part with this maximum counts beside the highest; nothing if it saw no key.
   __device__ __forceinline__ static float share_of(float top, float highest) {
     return top == -kInfinity ? 0.0f : exp2f(top - highest);
   }
 
-  __device__ __forceinline__ void write_extreme(const AttentionUnit& unit, int pair, float2 extreme) const {
-    reinterpret_cast<float2*>(params_.extremes)[results_ + unit.split * 16 + pair] = extreme;
-  }
-
-  // The outputs of all warps, as this split's part.
-  __device__ __forceinline__ void add_up(const AttentionUnit& unit, const float (&output)[kSums][4]) {
+  // The outputs of all warps, four pairs at a time, as this split's part: a thread for two elements of a pair.
+  __device__ __forceinline__ void send_far(const AttentionUnit& unit, const float (&output)[kSums][4]) {
+    constexpr int kAtOnce = 4;
+    static_assert(kConsumerWarps * kAtOnce * kTwos * sizeof(float2) <= sizeof(shared_.sums));
     const Thread thread;
-    const int part = thread.index / 64, g = thread.index / 8 % 8, column = thread.index % 8;
-    float* const out = params_.partials + (results_ + unit.split * 16 + g) * kDim;
-    for (int round = 0; round * kSumTiles < kSums; ++round) {
-      put_sums(shared_, thread, output, round);
-      sync_consumers();
-      const float2 sum = take_sums(shared_, part, g, column);
-      const int d = (round * kSumTiles + part) * 8 + column;
-      if (g < num_pairs_) out[d] = sum.x;
-      if (g + 8 < num_pairs_) out[8 * kDim + d] = sum.y;
-      sync_consumers();
-    }
-  }
-
-  // Whether all other splits of this tile are done; the counter wraps to 0 by itself.
-  __device__ __forceinline__ bool is_last(uint32_t* counter) {
-    sync_consumers();
-    if (threadIdx.x == 0) {
-      const uint32_t others = static_cast<uint32_t>(params_.num_splits) - 1;
-      uint32_t before;
-      asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-                   : "=r"(before)
-                   : "l"(counter), "r"(others)
-                   : "memory");
-      shared_.last = before == others;
-    }
-    sync_consumers();
-    return shared_.last != 0;
-  }
-
-  // The splits in order, then the near parts; 16 threads for a pair.
-  __device__ __forceinline__ void merge(const AttentionUnit& unit) const {
-    constexpr int kDims = kDim / 16, kMost = kMaxSplits + kNearParts;
-    const Thread thread;
-    const int pair = thread.index / 16, first = thread.index % 16 * kDims;
-    if (pair >= num_pairs_) return;
-    float2 parts[kMost];
-    float highest = -kInfinity;
+    const int g = thread.lane / 4, q = thread.lane % 4;
+    float2* const sums = reinterpret_cast<float2*>(shared_.sums);
+    // The exclusive or keeps the banks of four pairs apart.
+    const auto place = [](int warp, int pair, int two) { return (warp * kAtOnce + pair) * kTwos + (two ^ 4 * pair); };
 #pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-      const bool there = i < params_.num_splits + kNearParts;
-      const float2* const part = reinterpret_cast<const float2*>(params_.extremes) + results_ + i * 16 + pair;
-      parts[i] = there ? __ldcg(part) : float2{-kInfinity, 0};
-      highest = fmaxf(highest, parts[i].x);
-    }
-    float total = 0, output[kDims] = {};
+    for (int round = 0; round < 16 / kAtOnce; ++round) {
+      if (round * kAtOnce >= num_pairs_) break;
+      if (g / kAtOnce == round % 2) {
 #pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-      const float share = share_of(parts[i].x, highest);
-      const float4* const part =
-          reinterpret_cast<const float4*>(params_.partials + (results_ + i * 16 + pair) * kDim + first);
-      total += parts[i].y * share;
-#pragma unroll
-      for (int j = 0; j < kDims; j += 4) {
-        const bool counts = parts[i].x != -kInfinity;  // else it may not have been written
-        const float4 value = counts ? __ldcg(part + j / 4) : float4{0, 0, 0, 0};
-        output[j] = fmaf(value.x, share, output[j]);
-        output[j + 1] = fmaf(value.y, share, output[j + 1]);
-        output[j + 2] = fmaf(value.z, share, output[j + 2]);
-        output[j + 3] = fmaf(value.w, share, output[j + 3]);
+        for (int i = 0; i < kSums; ++i) {
+          sums[place(thread.warp, g % kAtOnce, 4 * i + q)] = {output[i][round / 2 * 2], output[i][round / 2 * 2 + 1]};
+        }
       }
-    }
-    T* const out = static_cast<T*>(params_.mixed) + global_row(unit, pair) * padded_depth(params_.num_heads * kDim);
+      sync_consumers();
+      const int at = thread.index / kTwos, two = thread.index % kTwos, pair = round * kAtOnce + at;
+      if (at < kAtOnce && pair < num_pairs_) {
+        float highest = -kInfinity, total = 0;
+        float2 sum = {0, 0};
 #pragma unroll
-    for (int j = 0; j < kDims; j += 2) {
-      const int place = operand_place(first_feature(unit, pair) + first + j);
-      *reinterpret_cast<uint32_t*>(out + place) = pack<T>(output[j] / total, output[j + 1] / total);
+        for (int i = 0; i < kConsumerWarps; ++i) highest = fmaxf(highest, shared_.extremes[i][pair].x);
+#pragma unroll
+        for (int i = 0; i < kConsumerWarps; ++i) {
+          const float2 extreme = shared_.extremes[i][pair], part = sums[place(i, at, two)];
+          const float share = share_of(extreme.x, highest);
+          total = fmaf(extreme.y, share, total);
+          sum.x = fmaf(part.x, share, sum.x), sum.y = fmaf(part.y, share, sum.y);
+        }
+        const float factor = total > 0 ? 1.0f / total : 0.0f;
+        send_part(unit.split, pair, two, {sum.x * factor, sum.y * factor}, level_of(highest, total));
+      }
+      sync_consumers();
+    }
+  }
+
+  // The splits in order, then the near parts; a thread for two elements of a pair of this block. All messages at once
+  // where registers allow it, else some at a time, twice.
+  __device__ __forceinline__ void merge(const AttentionUnit& unit) const {
+    constexpr int kMost = kMaxSplits + kNearParts, kAtOnce = kTakesRegisters && kTiles < 8 ? kMost : kMost / 4;
+    const Thread thread;
+    const int pairs = divide_up(num_pairs_ - unit.split, params_.num_splits);
+#pragma unroll 1
+    for (int task = thread.index; task < pairs * kTwos; task += kConsumers) {
+      const int pair = unit.split + params_.num_splits * (task / kTwos), two = task % kTwos;
+      Message messages[kAtOnce];
+      const auto bring = [&](int first) {
+        const Message* const from = message(first, pair, two);
+        const int count = num_parts() - first;
+        Patience patience("parts of layer", layer_);
+        bool missing;
+        do {
+          missing = false;
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            if (i < count) messages[i] = look(from + i * 16 * kTwos);
+          }
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            missing |= i < count && static_cast<uint32_t>(messages[i].number) != number_;
+          }
+          patience.poll();
+        } while (missing);
+      };
+      float highest = -kInfinity, total = 0;
+      float2 output = {0, 0};
+#pragma unroll 1
+      for (int first = 0; first < num_parts(); first += kAtOnce) {
+        bring(first);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (first + i < num_parts()) highest = fmaxf(highest, second_of(messages[i].number));
+        }
+      }
+#pragma unroll 1
+      for (int first = 0; first < num_parts(); first += kAtOnce) {
+        if (kAtOnce < kMost) bring(first);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (first + i >= num_parts()) break;
+          const float share = share_of(second_of(messages[i].number), highest);
+          total += share;
+          output.x = fmaf(first_of(messages[i].content), share, output.x);
+          output.y = fmaf(second_of(messages[i].content), share, output.y);
+        }
+      }
+      const int feature = first_feature(unit, pair) + 2 * two;
+      hand_over(mixed() + operand_place(context_.plan.rows, global_row(unit, pair), feature),
+                pack<T>(output.x / total, output.y / total));
     }
   }
 
@@ -449,10 +484,10 @@ class AttentionStep {
   PassShared& shared_;
   Ring<kSlotBytes>& ring_;
   const int layer_;
-  int heads_;
   float scale_;
   int first_pair_, num_pairs_;
-  int64_t results_;  // of this tile, in partials and extremes
+  Message* parts_;  // of this tile
+  uint32_t number_;  // of this layer among those of all launches
 };
 
 }  // namespace fastspec

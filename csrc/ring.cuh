@@ -10,7 +10,7 @@
 
 namespace fastspec {
 
-constexpr int kMaxSlots = 24;
+constexpr int kMaxSlots = 26;
 
 struct RingBarriers {
   uint64_t full[kMaxSlots], empty[kMaxSlots];
@@ -79,13 +79,6 @@ class Ring {
                    : "memory");
     }
     __syncwarp();
-  }
-  __device__ __forceinline__ void copy(int offset, const void* source, int bytes, uint64_t policy) const {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-            "r"(address(here_) + offset),
-        "l"(source), "r"(bytes), "r"(full_ + 8 * here_.slot), "l"(policy)
-        : "memory");
   }
   // A box of the matrix that a tensor map describes, from a row and a block of elements on; what lies outside of the
   // matrix arrives as zeros.

@@ -22,6 +22,7 @@ MAX_VISIBLE = 17
 MAX_SPLITS = 8
 NEAR_PARTS = 4
 MIN_SLOTS = 4
+EXCHANGES = 3
 
 PAIR_TILE = 16
 #: Slots of the ring that a block has on their way from memory at a time. More do not come sooner, but make
@@ -87,13 +88,13 @@ class FusedPass:
                 f"the cache has {cache.capacity} rows, but the pass needs {num_slots} after the prefix"
             )
 
-        rows, dtype = self.batch_size * num_rows, transformer.dtype
+        rows = self.batch_size * num_rows
         blocks = torch.cuda.get_device_properties(self.device).multi_processor_count
         heads, kv_heads, dim = transformer.num_heads, transformer.num_kv_heads, transformer.head_dim
         ffn_size = transformer.layers[0].down.shape[1]
         splits = min(MAX_SPLITS, max(1, blocks // kv_heads))
         tiles = self.batch_size * kv_heads * -(-num_rows * (heads // kv_heads) // PAIR_TILE)
-        parts = (tiles, splits + NEAR_PARTS, PAIR_TILE)
+        cached = (cache.keys.view(-1, dim), cache.values.view(-1, dim))
 
         def zeros(*shape, dtype=torch.float32):
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -108,13 +109,9 @@ class FusedPass:
             [row + [0] * (MAX_VISIBLE - len(row)) for row in visible], dtype=torch.uint8, device=self.device
         )
         self._rotation = _rotation(transformer, cache.capacity)
-        self._operands = [
-            zeros(rows, -(-depth // 32) * 32, dtype=dtype)
-            for depth in (transformer.hidden_size, heads * dim, heads * dim, ffn_size)
-        ]
-        self._squares = zeros(rows, blocks)
-        self._partials, self._extremes = zeros(*parts, dim), zeros(*parts, 2)
-        self._counters = zeros(2 + tiles, dtype=torch.int32)
+        # 16-byte messages about two elements of a part of a pair's attention each.
+        self._parts = zeros(tiles, splits + NEAR_PARTS, PAIR_TILE, dim // 2, 4, dtype=torch.int32)
+        self._counters = zeros(4, dtype=torch.int32)
         self._logits = zeros(rows, self.vocab_size)
 
         self._params = self._module.PassParams(
@@ -127,12 +124,10 @@ class FusedPass:
             cache.values.data_ptr(),
             self._num_visible.data_ptr(),
             self._visible.data_ptr(),
-            *(operand.data_ptr() for operand in self._operands),
-            self._squares.data_ptr(),
-            self._partials.data_ptr(),
-            self._extremes.data_ptr(),
+            *(maps.address(rows, is_cache=True) for rows in cached),
+            self._parts.data_ptr(),
             self._counters.data_ptr(),
-            LOGIT_TYPES[dtype],
+            LOGIT_TYPES[transformer.dtype],
             self.batch_size,
             num_rows,
             first_slot,
@@ -154,6 +149,14 @@ class FusedPass:
             transformer.epsilon,
             transformer.scale,
         )
+        # All bits are set: that is how the kernel knows what has not been written.
+        self._exchange = torch.full(
+            (EXCHANGES, self._module.pass_exchange_bytes(self._params)),
+            0xFF,
+            dtype=torch.uint8,
+            device=self.device,
+        )
+        self._params.set_exchange(self._exchange.data_ptr())
         with torch.cuda.device(self.device):
             slots = self._module.pass_slots(self._params)
         if slots < MIN_SLOTS:
@@ -295,10 +298,14 @@ class TensorMaps:
         self._addresses: dict[bytes, int] = {}
         self._pages: list[torch.Tensor] = []
 
-    def address(self, matrix: torch.Tensor) -> int:
-        """Where the map of a contiguous matrix of 16-bit elements lies on the device."""
+    def address(self, matrix: torch.Tensor, is_cache: bool = False) -> int:
+        """Where the map of a contiguous matrix of 16-bit elements lies on the device.
+
+        Args:
+            is_cache: whether the rows are keys or values, which are copied otherwise than weights.
+        """
         with torch.cuda.device(self._device):
-            encoded = extension().encode_weights(matrix.data_ptr(), *matrix.shape)
+            encoded = extension().encode_matrix(matrix.data_ptr(), *matrix.shape, is_cache)
         with self._lock, torch.inference_mode(False):
             if encoded not in self._addresses:
                 index = len(self._addresses) % self.PAGE
