@@ -13,6 +13,8 @@ import subprocess
 import sys
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+#: Beginnings of the names of our kernels' functions; initcheck looks at every kernel, as any may write what ours read.
+KERNELS = ("verify", "propose", "pass", "commit", "compact")
 FOUND = 86
 SEEDS = 24
 #: Racecheck follows every access to shared memory and takes many times as long as the others.
@@ -119,6 +121,7 @@ def main() -> int:
     """Runs the tools; returns the number of those that found something."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tools", nargs="*", default=TOOLS, choices=TOOLS)
+    parser.add_argument("--kernels", nargs="*", default=KERNELS, choices=KERNELS)
     parser.add_argument("--plant", choices=["bounds"])
     parser.add_argument("--drive", type=int, metavar="SEEDS", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -129,7 +132,7 @@ def main() -> int:
     for tool in arguments.tools:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "5"]
         if tool != "initcheck":
-            command += ["--kernel-name", "kns=verify", "--kernel-name", "kns=propose"]
+            command += [word for kernel in arguments.kernels for word in ("--kernel-name", f"kns={kernel}")]
         command += [
             sys.executable,
             __file__,
