@@ -38,7 +38,7 @@ struct SamplingParams {
 };
 
 // The draft tree in breadth-first order, one row of a table per node.
-struct TreeNode {
+struct alignas(16) TreeNode {
   int parent, depth, first_child, num_children;
   int inner_row;   // row of the draft's distributions; -1 for a leaf
   int inner_node;  // entry i: the node whose row of the draft's distributions is i

@@ -111,7 +111,7 @@ __device__ __forceinline__ void for_each_piece(int num_pieces, Visit visit) {
 // The maximum and validity of the row over the group, or its threshold by the group's first block.
 template <LogitType kType>
 __device__ __forceinline__ RowStats group_statistics(Shared& shared, const Task<kType>& task, int num_pieces) {
-  if (task.law.cuts()) {
+  if (task.law.cuts) {
     if (threadIdx.x == 0) shared.exchange.expect(0, sizeof(RowStats));
     if (group_rank() == 0) {
       const BlockRow<kType, 4> row = {task.row, &shared.penalties, task.node, task.depth};

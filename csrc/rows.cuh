@@ -30,20 +30,26 @@ struct Law {
   int top_k;    // 0: all
   float min_p;  // 0: all
   double top_p;  // 1: all
-  // Whether a row's threshold must be searched before its mass is known.
-  __device__ __forceinline__ bool cuts() const { return !greedy && (top_k > 0 || top_p < 1 || min_p > 0); }
+  bool cuts;     // whether a row's threshold must be searched before its mass is known
 };
 
-__device__ __forceinline__ Law load_law(const SamplingParams& sampling, int sequence, int vocab_size) {
-  const float temperature = static_cast<float>(sampling.temperature[sequence]);
-  const int64_t top_k = sampling.top_k[sequence];
-  return {temperature > 0 ? fminf(kLog2e / temperature, 1e30f) : kLog2e, !(temperature > 0),
-          top_k < vocab_size ? static_cast<int>(top_k) : 0, static_cast<float>(sampling.min_p[sequence]),
-          sampling.top_p[sequence]};
-}
-
 // The law of log-weights as they are.
-__device__ __forceinline__ Law plain_law() { return {kLog2e, false, 0, 0.0f, 1.0}; }
+__device__ __forceinline__ Law plain_law() { return {kLog2e, false, 0, 0.0f, 1.0, false}; }
+
+__device__ __forceinline__ Law load_law(const SamplingParams& sampling, int sequence, int vocab_size) {
+  // All loads before the first use: they are under way together.
+  const double temperature = sampling.temperature[sequence], top_p = sampling.top_p[sequence];
+  const double min_p = sampling.min_p[sequence];
+  const int64_t top_k = sampling.top_k[sequence];
+  Law law = plain_law();
+  law.greedy = !(static_cast<float>(temperature) > 0);
+  if (!law.greedy) law.scale = fminf(kLog2e / static_cast<float>(temperature), 1e30f);
+  law.top_k = top_k < vocab_size ? static_cast<int>(top_k) : 0;
+  law.min_p = static_cast<float>(min_p);
+  law.top_p = top_p;
+  law.cuts = !law.greedy && (law.top_k > 0 || law.top_p < 1 || law.min_p > 0);
+  return law;
+}
 
 // What a prefix does to the logits after it: repetition penalty, and ends that must not come yet. One per block, in
 // shared memory.

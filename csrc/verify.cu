@@ -224,16 +224,16 @@ __device__ __forceinline__ TileStats join(TileStats before, TileStats next, floa
 template <LogitType kType>
 __device__ __forceinline__ bool is_read(const Context<kType>& context, int node) {
   const Law& law = context.shared.law;
-  return law.greedy || law.cuts() || context.shared.tree[node].num_children > 0;
+  return law.greedy || law.cuts || context.shared.tree[node].num_children > 0;
 }
 
 // Reads this block's slices of the rows and sends what it finds.
 template <LogitType kType>
-static __device__ __noinline__ void send_slices(Context<kType> context, int num_rows) {
+__device__ __forceinline__ void send_slices(Context<kType> context, int num_rows) {
   float4 x[kVectors];
   const Shared& shared = context.shared;
   const Law& law = shared.law;
-  const bool greedy = law.greedy, cuts = law.cuts();
+  const bool greedy = law.greedy, cuts = law.cuts;
   const Span& span = shared.span;
   const int num_targets = span.num_targets();
   const uint64_t number = context.number();
@@ -327,7 +327,7 @@ __device__ __forceinline__ void read(const Context<kType>& context) {
   const Span& span = shared.span;
   const int num_targets = span.num_targets(), num_slices = params.slicing.num_slices;
   const Law& law = shared.law;
-  const bool greedy = law.greedy, cuts = law.cuts(), with_draft = params.draft_logits != nullptr && !greedy;
+  const bool greedy = law.greedy, cuts = law.cuts, with_draft = params.draft_logits != nullptr && !greedy;
   if (!greedy && !cuts && !with_draft) {  // draws only
     __syncthreads();                       // no warp may go on to the walk while another still asks what is needed
     return;
@@ -594,8 +594,6 @@ __device__ __forceinline__ void write(const VerifyParams& params, const Shared& 
   }
 }
 
-static __device__ __noinline__ void walk(const VerifyParams& params, Shared& shared) { Walk(params, shared).resume(); }
-
 template <LogitType kType>
 __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_constant__ VerifyParams params) {
   __shared__ Shared shared;
@@ -606,7 +604,7 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
   __syncthreads();
   do {
     shared.walk.need == Need::kRead ? read(context) : pass(context);
-    if (warp_index() == 0) walk(params, shared);
+    if (warp_index() == 0) Walk(params, shared).resume();
     __syncthreads();
   } while (shared.walk.need != Need::kNothing);
   context.note(Mark::kWalk);

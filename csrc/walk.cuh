@@ -175,7 +175,7 @@ class Walk {
   __device__ __forceinline__ void finish(int stop, int next) { at_.need = Need::kNothing, at_.decision = {stop, next}; }
 
   // Whether a draw from the row as it is needs no statistics of it first: nothing is cut.
-  __device__ __forceinline__ bool bare() const { return !shared_.law.cuts(); }
+  __device__ __forceinline__ bool bare() const { return !shared_.law.cuts; }
 
   // Draws the token after `node` from its own law, and ends there.
   __device__ __forceinline__ void emit(int node) {
