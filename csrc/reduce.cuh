@@ -10,8 +10,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr float kInfinity = INFINITY;
 
-__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
-__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / 32; }
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x % 32); }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x / 32); }
 
 // Unsigned integers in the order of the floats.
 __device__ __forceinline__ uint32_t ordered_key(float x) {

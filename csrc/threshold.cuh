@@ -208,33 +208,6 @@ __device__ __forceinline__ bool search(const SomeRow& row, float top, float lowe
          search_candidates(law, count, complete, whole, stats, scratch);
 }
 
-// Some of the logits of a row, the largest among them; four per thread.
-struct ListedRow {
-  float logits[4] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
-
-  template <typename Visit>
-  __device__ __forceinline__ void for_each(Visit visit) const {
-    visit(float4{logits[0], logits[1], logits[2], logits[3]});
-  }
-};
-
-// Statistics of a row from a list; `others` is no less than all logits that are not in it. False if the list does not
-// tell: the law must be top-k or top-p, and the k largest and the threshold above the others.
-__device__ __forceinline__ bool listed_statistics(const ListedRow& row, float others, double whole, const Law& law,
-                                                  RowStats& stats, ThresholdScratch& scratch) {
-  if (law.top_k == 0 && !(law.top_p < 1)) return false;
-  const float top = fmaxf(fmaxf(row.logits[0], row.logits[1]), fmaxf(row.logits[2], row.logits[3]));
-  const Bounds bounds = find_bounds(top, law, scratch);
-  const bool complete = bounds.lowest == -kInfinity && others == -kInfinity;
-  if (law.top_k > 0 && others > -kInfinity) {  // all of the k largest must be in the list: top-p sums over them
-    uint64_t above = 0;
-    row.for_each([&](float4 x) { above += (x.x > others) + (x.y > others) + (x.z > others) + (x.w > others); });
-    if (block_sum(above, scratch.masses) < static_cast<uint64_t>(law.top_k)) return false;
-  }
-  stats = {bounds.maximum, -kInfinity, law.min_p, 0.0f, 0, true};
-  return search(row, top, bounds.lowest, complete, whole, law, stats, scratch) && stats.threshold > others;
-}
-
 // Statistics of a row under a law that cuts; every thread of the block returns the same.
 template <typename SomeRow>
 static __device__ __noinline__ RowStats cut_statistics(SomeRow row, Law law, ThresholdScratch& scratch) {

@@ -18,6 +18,7 @@
 #include <algorithm>
 
 #include "launch.cuh"
+#include "listed.cuh"
 #include "mail.cuh"
 #include "params.h"
 #include "philox.cuh"
@@ -30,7 +31,6 @@ namespace {
 
 constexpr int kPhases = 4;            // warps that share a slice in a pass
 constexpr int kPhase = kTile / kPhases;  // tokens of a tile that each takes, four per lane
-constexpr int kListed = 8;            // of the largest logits of a slice
 constexpr int kKinds = kListed / 2 + 1;  // messages about a slice of a row that is cut; else it is one
 
 // What all functions below share.
@@ -275,47 +275,49 @@ __device__ __forceinline__ void send_slices(Context<kType> context, int num_rows
   }
 }
 
+// The threshold of a row from all of it, by one block.
+template <LogitType kType>
+static __device__ __noinline__ RowStats search_row(Context<kType> context, int node) {
+  Shared& shared = context.shared;
+  const BlockRow<kType, 1> row = {context.target_row(node), &shared.penalties, node, shared.tree[node].depth};
+  return cut_statistics(row, shared.law, shared.scratch);
+}
+
 // The threshold of a row that is cut, from the lists of its slices or, if these do not suffice, from all of it; by one
 // block.
 template <LogitType kType>
-static __device__ __noinline__ RowStats find_threshold(Context<kType> context, int row, int node) {
+__device__ __forceinline__ RowStats find_threshold(const Context<kType>& context, int row, int node) {
   constexpr int kMost = (kKinds * kMaxSlices + kThreads - 1) / kThreads;
   Shared& shared = context.shared;
   const int num_slices = context.params.slicing.num_slices;
-  // Every warp gets messages from all over the row.
-  const auto index = [](int i) { return warp_index() + kWarps * (lane_index() + 32 * i); };
-  const auto kind = [&](int i) { return index(i) / kMaxSlices; };
-  const auto slice = [&](int i) { return index(i) % kMaxSlices; };
-  const auto inside = [&](int i) { return kind(i) < kKinds && slice(i) < num_slices; };
+  const int slice = static_cast<int>(threadIdx.x) % kMaxSlices;
+  const auto kind = [](int i) { return (static_cast<int>(threadIdx.x) + i * kThreads) / kMaxSlices; };
+  const auto inside = [&](int i) { return kind(i) < kKinds && slice < num_slices; };
   uint64_t contents[kMost];
-  receive(contents, context.number(), inside, [&](int i) { return context.about_slice(kind(i), row, slice(i)); });
-  ListedRow listed;
-  TileStats* const slices = shared.slices[0];
-  float others = -kInfinity;
+  const Message* from[kMost];
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) from[i] = context.about_slice(kind(i), row, slice);
+  receive(contents, context.number(), inside, [&](int i) { return from[i]; });
 #pragma unroll
   for (int i = 0; i < kMost; ++i) {
     if (!inside(i)) continue;
-    const float first = first_of(contents[i]), second = second_of(contents[i]);
-    if (kind(i) == 0) slices[slice(i)].maximum = first;
+    const float2 pair = {first_of(contents[i]), second_of(contents[i])};
     if (kind(i) < kKinds - 1) {
-      listed.logits[2 * i] = first, listed.logits[2 * i + 1] = second;
+      reinterpret_cast<float2*>(&shared.lists.largest[kind(i) / 2][slice])[kind(i) % 2] = pair;
     } else {
-      slices[slice(i)].mass = first, others = second;
+      shared.lists.rest[slice] = pair;
     }
   }
-  others = warp_max(others);
-  if (lane_index() == 0) shared.others[warp_index()] = others;
   __syncthreads();
-  const RowStats merged = merge_tiles(slices, num_slices, shared.law.scale, false);
-  others = warp_max(shared.others[lane_index() % kWarps]);
-  RowStats stats = merged;
-  const bool found =
-      merged.valid && listed_statistics(listed, others, 1.0 / merged.inverse_mass, shared.law, stats, shared.scratch);
-  if (merged.valid && !found) {
-    const BlockRow<kType, 1> logits = {context.target_row(node), &shared.penalties, node, shared.tree[node].depth};
-    stats = cut_statistics(logits, shared.law, shared.scratch);
+  if (warp_index() == 0) {
+    shared.cut_found = search_lists(shared.lists, num_slices, shared.law, shared.cut);
   }
   __syncthreads();
+  RowStats stats = shared.cut;
+  if (!shared.cut_found) {
+    stats = search_row(context, node);
+    __syncthreads();  // before the lists of the next row come where it worked
+  }
   return stats;
 }
 

@@ -5,10 +5,10 @@
 // group has found.
 #pragma once
 
+#include "listed.cuh"
 #include "params.h"
 #include "philox.cuh"
 #include "rows.cuh"
-#include "threshold.cuh"
 
 namespace fastspec {
 
@@ -111,7 +111,12 @@ struct Mailboxes {
 
 // A block's copy of all it knows about its sequence; the blocks of a group hold the same values.
 struct Shared {
-  ThresholdScratch scratch;
+  union {
+    SliceLists lists;  // of a row whose threshold is searched
+    ThresholdScratch scratch;
+  };
+  RowStats cut;  // what was found
+  bool cut_found;
   RowStats stats[kMaxRows];  // target rows, then draft rows
   TreeNode tree[kMaxNodes];
   Penalties penalties;  // and with them the tokens and parents of the tree
@@ -128,7 +133,6 @@ struct Shared {
   Partial found[kMaxRequests];
   Partial parts[kWarps];
   TileStats slices[kWarps][kMaxSlices];
-  float others[kWarps];
   WalkState walk;
   Span span;  // what is to be read
   Law law;

@@ -1,0 +1,304 @@
+// Top-k, top-p and min-p of a row from the largest logits of each of its slices, by one warp.
+//
+// The lists hold up to a thousand logits, of which few are kept. Every lane merges those of its slices. The m-th
+// largest of the lanes' third logits is a value that at least 3 m logits reach: these, a hundred or so, are sorted in
+// registers, and a prefix sum of their weights decides. Masses are summed as in threshold.cuh.
+#pragma once
+
+#include "threshold.cuh"
+
+namespace fastspec {
+
+constexpr int kListed = 8;            // of the largest logits of a slice
+constexpr int kMerged = 2 * kListed;  // logits that a lane keeps of those of its slices
+constexpr int kFew = 4, kMany = 8;    // candidates per lane
+
+// What the slices of a row report.
+struct SliceLists {
+  float4 largest[kListed / 4][kMaxSlices];  // in descending order
+  float2 rest[kMaxSlices];                  // the mass of the slice, and a bound of its other logits
+  alignas(16) float candidates[32 * kMany];
+};
+
+// Of x[i] and x[j] the larger comes first.
+template <int kCount>
+__device__ __forceinline__ void put_in_order(float (&x)[kCount], int i, int j) {
+  const float least = fminf(x[i], x[j]);
+  x[i] = fmaxf(x[i], x[j]);
+  x[j] = least;
+}
+
+// Puts sequences of kSize, each of which falls and then rises, in descending order.
+template <int kSize, int kCount>
+__device__ __forceinline__ void sort_bitonic(float (&x)[kCount]) {
+#pragma unroll
+  for (int step = kSize / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (!(i & step)) put_in_order(x, i, i + step);
+    }
+  }
+}
+
+// Puts sequences of kSize in descending order. What is merged lies mirror-inverted, so that all sorting goes one way.
+template <int kSize, int kCount>
+__device__ __forceinline__ void lane_sort(float (&x)[kCount]) {
+  if constexpr (kSize > 1) {
+    lane_sort<kSize / 2>(x);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (!(i & kSize / 2)) put_in_order(x, i, i ^ (kSize - 1));
+    }
+    sort_bitonic<kSize / 2>(x);
+  }
+}
+
+// Puts the values of a warp in descending order; lane i gets those from kCount * i on.
+template <int kCount>
+__device__ __forceinline__ void warp_sort(float (&x)[kCount]) {
+  const auto exchange = [](float mine, float other, int lanes) {
+    return lane_index() & lanes ? fminf(mine, other) : fmaxf(mine, other);
+  };
+  lane_sort<kCount>(x);
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    float mirrored[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) mirrored[i] = __shfl_xor_sync(kAllLanes, x[kCount - 1 - i], 2 * lanes - 1);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = exchange(x[i], mirrored[i], lanes);
+#pragma unroll
+    for (int step = lanes / 2; step > 0; step /= 2) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) x[i] = exchange(x[i], __shfl_xor_sync(kAllLanes, x[i], step), step);
+    }
+    sort_bitonic<kCount>(x);
+  }
+}
+
+// The lists of a lane's slices.
+struct LaneLists {
+  float logits[kMerged];  // the largest, in descending order
+  float others;           // no less than the rest
+  float maxima[kMaxSlices / 32], masses[kMaxSlices / 32];
+
+  __device__ __forceinline__ LaneLists(const SliceLists& lists, int num_slices) : others(-kInfinity) {
+    load<0>(lists, num_slices, logits);
+    if (num_slices <= kMaxSlices / 2) {
+      maxima[2] = maxima[3] = -kInfinity, masses[2] = masses[3] = 0;
+      return;
+    }
+    float more[kMerged];
+    load<2>(lists, num_slices, more);
+#pragma unroll
+    for (int i = 0; i < kMerged; ++i) {
+      const float other = more[kMerged - 1 - i];
+      others = fmaxf(others, fminf(logits[i], other));
+      logits[i] = fmaxf(logits[i], other);
+    }
+    sort_bitonic<kMerged>(logits);
+  }
+
+  // The mass of the row relative to its maximum.
+  __device__ __forceinline__ float mass(float maximum, float scale) const {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kMaxSlices / 32; ++i) {
+      if (maxima[i] > -kInfinity || isnan(masses[i])) sum += masses[i] * exp2_fast((maxima[i] - maximum) * scale);
+    }
+    return warp_sum(sum);
+  }
+
+ private:
+  // Two slices of this lane together.
+  template <int kFirst>
+  __device__ __forceinline__ void load(const SliceLists& lists, int num_slices, float (&x)[kMerged]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int slice = (kFirst + i) * 32 + lane_index();
+      const bool inside = slice < num_slices;
+#pragma unroll
+      for (int j = 0; j < kListed / 4; ++j) {
+        float4 four = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
+        if (inside) four = lists.largest[j][slice];
+        const float ordered[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int k = 0; k < 4; ++k) x[i == 0 ? 4 * j + k : kMerged - 1 - (4 * j + k)] = ordered[k];
+      }
+      float2 rest = {0.0f, -kInfinity};
+      if (inside) rest = lists.rest[slice];
+      maxima[kFirst + i] = x[i == 0 ? 0 : kMerged - 1], masses[kFirst + i] = rest.x;
+      others = fmaxf(others, rest.y);
+    }
+    sort_bitonic<kMerged>(x);
+  }
+};
+
+// Logits that are enough to tell a threshold, in lists.candidates.
+struct Choice {
+  int count;
+  float lowest;  // all that reach it are among them
+};
+
+// At least k of the logits, if there is a k; if they would be too many, fewer.
+__device__ __forceinline__ Choice choose_candidates(SliceLists& lists, const LaneLists& lane, int top_k) {
+  constexpr int kMost = 72;      // of k, for which the third logits do
+  constexpr int kNucleus = 112;  // without a k; twice as many will be found
+  const bool few = top_k > 0 && top_k <= kMost;
+  const float sample = few ? lane.logits[2] : lane.logits[7];
+  int wanted = few ? (top_k + 2) / 3 : ((top_k > 0 ? top_k : kNucleus) + 7) / 8;
+#pragma unroll
+  for (int i = 0; i < kMany; ++i) lists.candidates[i * 32 + lane_index()] = -kInfinity;
+  int rank = 0;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) rank += __shfl_sync(kAllLanes, sample, i) > sample;
+  Choice choice;
+  int mine, place;
+#pragma unroll 1
+  do {
+    choice.lowest = from_ordered_key(__reduce_min_sync(kAllLanes, rank < wanted ? ordered_key(sample) : UINT32_MAX));
+    const float lowest = fmaxf(choice.lowest, -FLT_MAX);
+    mine = choice.count = place = 0;
+#pragma unroll
+    for (int i = 0; i < kMerged; ++i) mine += lane.logits[i] >= lowest;
+#pragma unroll
+    for (int bit = 1; bit <= kMerged; bit *= 2) {
+      const uint32_t lanes = __ballot_sync(kAllLanes, mine & bit);
+      choice.count += bit * __popc(lanes);
+      place += bit * __popc(lanes & ((1u << lane_index()) - 1));
+    }
+    wanted -= 2;
+  } while (choice.count > 32 * kMany && wanted > 0);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kMerged; ++i) {
+    if (i < mine && place + i < 32 * kMany) lists.candidates[place + i] = lane.logits[i];
+  }
+  __syncwarp();
+  return choice;
+}
+
+// x[index] for an index that only the kernel knows, of values in registers.
+template <typename T, int kCount>
+__device__ __forceinline__ T pick(const T (&x)[kCount], int index) {
+  T halved[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) halved[i] = x[i];
+#pragma unroll
+  for (int step = kCount / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i < step; ++i) halved[i] = index & step ? halved[i + step] : halved[i];
+  }
+  return halved[0];
+}
+
+// The candidates in descending order, lane i has those from kCount * i on, -inf beyond the last; and their masses.
+template <int kCount>
+struct Sorted {
+  float logits[kCount];
+  uint64_t masses[kCount];  // of all up to each
+  uint64_t first;           // of all before this lane's
+
+  __device__ __forceinline__ Sorted(const float* candidates, float maximum, float scale) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(candidates + lane_index() * kCount + i);
+      logits[i] = four.x, logits[i + 1] = four.y, logits[i + 2] = four.z, logits[i + 3] = four.w;
+    }
+    warp_sort(logits);
+    uint64_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      sum += fixed_point(exp2_fast((logits[i] - maximum) * scale));
+      masses[i] = sum;
+    }
+    uint64_t lanes_before = sum;
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      const uint64_t other = __shfl_up_sync(kAllLanes, lanes_before, lanes);
+      if (lane_index() >= lanes) lanes_before += other;
+    }
+    lanes_before -= sum;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) masses[i] += lanes_before;
+    first = lanes_before;
+  }
+
+  __device__ __forceinline__ float at(int place) const {
+    return __shfl_sync(kAllLanes, pick(logits, place % kCount), place / kCount);
+  }
+  // The mass of all that reach a value, at least one.
+  __device__ __forceinline__ uint64_t reaching(float lowest) const {
+    int last = -1;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) last += __popc(__ballot_sync(kAllLanes, logits[i] >= lowest));
+    return __shfl_sync(kAllLanes, pick(masses, last % kCount), last / kCount);
+  }
+};
+
+// The threshold and the mass of what is kept; `whole` is the mass of the row, `others` no less than all that is not in
+// the lists. False if the candidates do not tell.
+template <int kCount>
+__device__ __forceinline__ bool search_sorted(const SliceLists& lists, const Choice& choice, float others, float whole,
+                                              const Law& law, RowStats& stats) {
+  const Sorted<kCount> sorted(lists.candidates, stats.maximum, law.scale);
+  const uint64_t all = __shfl_sync(kAllLanes, sorted.masses[kCount - 1], 31);
+  const auto weight = [&](float x) { return exp2_fast((x - stats.maximum) * law.scale); };
+  float lowest = -FLT_MAX;
+  double mass = whole * 0x1p40;
+  if (law.top_k > 0) {  // what ties with the k-th is kept, and top-p is a share of all that
+    if (choice.count < law.top_k) {
+      if (choice.lowest > -kInfinity || others > -kInfinity) return false;
+      mass = static_cast<double>(all);
+    } else {
+      lowest = sorted.at(law.top_k - 1);
+      if (!(lowest > others)) return false;
+      mass = static_cast<double>(sorted.reaching(lowest));
+    }
+  }
+  // Integers below it are less than top_p of the mass.
+  const uint64_t enough = law.top_p < 1 ? __double2ull_ru(law.top_p * mass) : UINT64_MAX;
+  uint32_t by_mass = UINT32_MAX, kept = UINT32_MAX;
+  bool too_light = false;  // for min-p
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float x = sorted.logits[i];
+    const bool light = weight(x) < law.min_p;
+    too_light |= x > -kInfinity && light;
+    const uint64_t heavier = i == 0 ? sorted.first : sorted.masses[i - 1];
+    if (x >= lowest && (heavier == 0 || heavier < enough)) {
+      by_mass = ordered_key(x);
+      if (!light) kept = ordered_key(x);
+    }
+  }
+  const uint32_t threshold = __reduce_min_sync(kAllLanes, kept);
+  if (law.top_k == 0) {
+    // No token beyond the candidates, or between them, may be part of the nucleus and heavy enough for min-p.
+    const bool lists_suffice = others == -kInfinity || weight(others) < law.min_p;
+    const bool ends = __any_sync(kAllLanes, too_light) || all >= enough;
+    const float least = from_ordered_key(__reduce_min_sync(kAllLanes, by_mass));
+    if (!ends && !(lists_suffice && choice.lowest == -kInfinity)) return false;
+    if (!lists_suffice && !(least > others)) return false;
+  }
+  stats.threshold = from_ordered_key(threshold);
+  stats.inverse_mass = 1.0f / (static_cast<float>(sorted.reaching(stats.threshold)) * 0x1p-40f);
+  return true;
+}
+
+// Statistics of a row under a law that cuts; every lane returns the same. False if the lists do not tell.
+static __device__ __noinline__ bool search_lists(SliceLists& lists, int num_slices, const Law& law, RowStats& stats) {
+  __builtin_assume(__isShared(&lists));
+  __builtin_assume(__isShared(&law));
+  __builtin_assume(__isShared(&stats));
+  const LaneLists lane(lists, num_slices);
+  const float maximum = warp_max(lane.logits[0]), others = warp_max(lane.others);
+  const float whole = lane.mass(maximum, law.scale);
+  stats = {maximum, -kInfinity, law.min_p, 0.0f, 0, whole < kInfinity && maximum > -kInfinity};
+  if (!stats.valid) return true;
+  const Choice choice = choose_candidates(lists, lane, law.top_k);
+  if (choice.count <= 32 * kFew) return search_sorted<kFew>(lists, choice, others, whole, law, stats);
+  if (choice.count <= 32 * kMany) return search_sorted<kMany>(lists, choice, others, whole, law, stats);
+  return false;
+}
+
+}  // namespace fastspec
