@@ -214,25 +214,28 @@ struct alignas(16) RowStats {
   }
 };
 
-// Statistics of a row from those of its tiles, by one warp; for laws that cut nothing.
-__device__ __forceinline__ RowStats merge_tiles(const TileStats* tiles, int num_tiles, float scale, bool greedy) {
+// Statistics of a row from those of its slices, some in each lane, by one warp; for laws that cut nothing.
+template <int kCount>
+__device__ __forceinline__ RowStats merge_slices(const TileStats (&slices)[kCount], float scale, bool greedy) {
   float maximum = -kInfinity, mass = 0;
-#pragma unroll 2
-  for (int tile = lane_index(); tile < num_tiles; tile += 32) maximum = fmaxf(maximum, tiles[tile].maximum);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) maximum = fmaxf(maximum, slices[i].maximum);
   maximum = warp_max(maximum);
-  int argmax = INT32_MAX;
-#pragma unroll 2
-  for (int tile = lane_index(); tile < num_tiles; tile += 32) {
-    const TileStats stats = tiles[tile];
-    const int token = __float_as_int(stats.mass);
-    if (stats.maximum == maximum || token < 0) argmax = min(argmax, token);
-    if (stats.maximum > -kInfinity || isnan(stats.mass)) {
-      mass += stats.mass * exp2_fast((stats.maximum - maximum) * scale);
-    }
-  }
   if (greedy) {
+    int argmax = INT32_MAX;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int token = __float_as_int(slices[i].mass);
+      if (slices[i].maximum == maximum || token < 0) argmax = min(argmax, token);
+    }
     argmax = __reduce_min_sync(kAllLanes, argmax);
     return {maximum, -kInfinity, 0.0f, 1.0f, argmax, argmax >= 0 && maximum > -kInfinity};
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (slices[i].maximum > -kInfinity || isnan(slices[i].mass)) {
+      mass += slices[i].mass * exp2_fast((slices[i].maximum - maximum) * scale);
+    }
   }
   mass = warp_sum(mass);
   return {maximum, -kInfinity, 0.0f, 1.0f / mass, 0, mass < kInfinity && maximum > -kInfinity};

@@ -373,14 +373,13 @@ __device__ __forceinline__ void read(const Context<kType>& context) {
     const auto inside = [&](int i) { return lane_index() + 32 * i < num_slices; };
     const Message* const from = context.about_slice(0, row, lane_index());
     receive(contents, context.number(), inside, [&](int i) { return from + 32 * i; });
-    TileStats* const slices = shared.slices[warp_index()];
-    __syncwarp();
+    TileStats slices[kMaxSlices / 32];
 #pragma unroll
     for (int i = 0; i < kMaxSlices / 32; ++i) {
-      if (inside(i)) slices[lane_index() + 32 * i] = {first_of(contents[i]), second_of(contents[i])};
+      slices[i] = {-kInfinity, 0.0f};
+      if (inside(i)) slices[i] = {first_of(contents[i]), second_of(contents[i])};
     }
-    __syncwarp();
-    const RowStats stats = merge_tiles(slices, num_slices, is_target ? law.scale : kLog2e, greedy);
+    const RowStats stats = merge_slices(slices, is_target ? law.scale : kLog2e, greedy);
     if (lane_index() == 0) {
       shared.stats[is_target ? span.target(row) : params.num_nodes + span.draft(row - num_targets)] = stats;
     }

@@ -132,7 +132,6 @@ struct Shared {
   Request requests[kMaxRequests];
   Partial found[kMaxRequests];
   Partial parts[kWarps];
-  TileStats slices[kWarps][kMaxSlices];
   WalkState walk;
   Span span;  // what is to be read
   Law law;

@@ -201,6 +201,34 @@ def test_likely_tokens_side_by_side(backend, width):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("vocab_size", [4097, 32064, 128256])
+def test_thresholds_among_the_largest_logits(backend, vocab_size):
+    """Sizes of k around those at which the search among the listed logits changes, with ties and without."""
+    laws = [{"top_k": k, "top_p": 0.9} for k in (1, 32, 50, 72, 73, 128, 129, 400)]
+    laws += [{"min_p": p} for p in (0.001, 0.05, 1.0)] + [
+        {"top_p": p, "min_p": 0.02} for p in (0.3, 0.95, 0.999)
+    ]
+    laws += [{"top_p": 0.6}, {"top_k": 60}]
+    tree, batch = DraftTree.chain(3), len(laws)
+    sampling = SamplingTensors(batch, vocab_size, "cuda")
+    verifier = Verifier(tree, batch, vocab_size, Rule.TOKEN_LEVEL, "cuda", backend)
+    positions = torch.full((batch,), 50, device="cuda")
+    for trial in range(4):
+        generator = torch.Generator().manual_seed(trial)
+        logits = torch.randn(batch, tree.num_nodes, vocab_size, generator=generator) * 2.5
+        if trial % 2:
+            logits = (logits * 8).round() / 8
+        q = (logits[:, :3] + 0.3 * torch.randn(batch, 3, vocab_size, generator=generator)).cuda()
+        tokens = torch.cat([torch.zeros(batch, 1).long().cuda(), q.argmax(-1)], dim=1)
+        for row, law in enumerate(laws):
+            sampling.set(row, SamplingParams(temperature=0.6 + 0.3 * trial, **law), 100 * trial + row)
+        arguments = (logits.cuda(), tokens, sampling, positions, q)
+        expected = verify(*arguments[:2], tree, *arguments[2:4], Rule.TOKEN_LEVEL, q, backend="reference")
+        assert_same(expected, verifier(*arguments), f"trial {trial}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("rule", [Rule.BLOCK, Rule.TARGET_ONLY, Rule.DRAFTER_INVARIANT])
 def test_one_logit_that_is_no_number_ends_the_sequence(backend, rule):
     tree, vocab_size = DraftTree.chain(2), 2049
