@@ -161,7 +161,7 @@ constexpr int kNearParts = 4;    // parts of the keys that are not split so
 constexpr int kMinSlots = 4;     // of the ring
 constexpr int kExchanges = 3;    // buffers through which the blocks of a pass hand over activations
 
-// Weights of one decoder layer: vectors, of which qkv_bias may be null, and tensor maps (encode_weights) of matrices
+// Weights of one decoder layer: vectors, of which qkv_bias may be null, and tensor maps (encode_matrix) of matrices
 // [out, in].
 struct PassLayer {
   const void *input_norm, *qkv, *qkv_bias, *output, *post_norm, *gate_up, *down;
@@ -180,10 +180,10 @@ struct PassParams {
   const uint8_t* visible;   // [R, kMaxVisible], which ones, in order of position
   const void *key_map, *value_map;  // tensor maps of the same, as matrices of head_dim columns
   // Work space. Launches that share it must not overlap.
-  void* exchange;      // [kExchanges, pass_exchange_bytes()], all bits set before the first launch; see pass.cuh
-  void* parts;         // [tiles, num_splits + kNearParts, 16, head_dim / 2] messages, zeros before the first launch:
-                // outputs of the parts of attention, for each tile of 16 pairs of a row and a query head of
-                // each head of the cache
+  void* exchange;  // [kExchanges, pass_exchange_bytes()], all bits set before the first launch; see exchange.cuh
+  // Outputs of the parts of attention, for each tile of 16 pairs of a row and a query head of each head of the cache:
+  // [tiles, num_splits + kNearParts, 16, head_dim / 2] messages, zeros before the first launch.
+  void* parts;
   uint32_t* counters;  // [4], zeros before the first launch: arrivals, departures, launches in 64 bits
   LogitType type;  // of weights, cache and activations
   int batch_size, num_rows, first_slot;
