@@ -104,6 +104,7 @@ class AttentionStep {
     uint4 key[kPieces / 4];
     LanePiece value[kNearKeys];
     int count;
+    uint32_t own;  // bit i: value i is one of this pass; bit kNearKeys: so is the lane's key
   };
 
   // Queries, keys and values of this pass, [rows, heads, head_dim], and the result, as operands of the output step.
@@ -167,9 +168,8 @@ class AttentionStep {
     return keys;
   }
 
-  // Starts the loads. Those of keys and values of this pass itself may come too early; returns whether some did, and
-  // loads only these if called again.
-  __device__ __forceinline__ bool load_near(const AttentionUnit& unit, const NearTask& task, bool again,
+  // Starts the loads. Those of keys and values of this pass itself may come too early; only these are loaded again.
+  __device__ __forceinline__ void load_near(const AttentionUnit& unit, const NearTask& task, bool again,
                                             Near& near) const {
     const int lane = Thread().lane, heads = context_.plan.qkv_heads;
     const NearKeys keys = find_near(unit, task);
@@ -178,7 +178,7 @@ class AttentionStep {
       return own >= 0 ? handed + (own * heads + head) * kDim : static_cast<const T*>(cache) + (unit.line + row) * kDim;
     };
     near.count = keys.count;
-    bool missing = false;
+    near.own = keys.own >= 0 ? 1u << kNearKeys : 0;
     const int key_head = params_.num_heads + unit.head, value_head = key_head + params_.num_kv_heads;
     const uint4* const key = reinterpret_cast<const uint4*>(at(keys.row, keys.own, params_.keys, key_head));
 #pragma unroll
@@ -192,11 +192,18 @@ class AttentionStep {
       if (!again || own >= 0) {
         near.value[i] = i < near.count ? look_at(reinterpret_cast<const LanePiece*>(value) + lane) : LanePiece{};
       }
-      missing |= own >= 0 && is_absent(near.value[i]);
+      if (own >= 0) near.own |= 1u << i;
     }
+  }
+
+  // Whether some lane lacks keys or values of this pass.
+  __device__ __forceinline__ static bool misses(const Near& near) {
+    bool absent = false;
 #pragma unroll
-    for (int i = 0; i < kPieces / 4; ++i) missing |= keys.own >= 0 && is_absent(near.key[i]);
-    return __any_sync(kAllLanes, missing);
+    for (int i = 0; i < kPieces / 4; ++i) absent |= (near.own >> kNearKeys & 1) != 0 && is_absent(near.key[i]);
+#pragma unroll
+    for (int i = 0; i < kNearKeys; ++i) absent |= (near.own >> i & 1) != 0 && is_absent(near.value[i]);
+    return __any_sync(kAllLanes, absent);
   }
 
   // The near parts of this block; the last warps begin, which have the fewest groups of far keys. The first keys and
@@ -205,19 +212,21 @@ class AttentionStep {
     int index = kConsumerWarps - 1 - Thread().warp;
     NearTask task = near_task(unit, index);
     Near near;
-    bool missing = load_near(unit, task, false, near);
+    load_near(unit, task, false, near);
     load_queries(unit);
 #pragma unroll 1
     while (task.part < kNearParts) {
+      index += kConsumerWarps;
+      const NearTask next_task = near_task(unit, index);
+      Near next;
+      load_near(unit, next_task, false, next);
       Patience patience("near keys of layer", layer_);
-      while (missing) {
-        missing = load_near(unit, task, true, near);
+      while (misses(near)) {
+        load_near(unit, task, true, near);
         patience.poll();
       }
       send_near(task, near);
-      index += kConsumerWarps;
-      task = near_task(unit, index);
-      missing = load_near(unit, task, false, near);
+      task = next_task, near = next;
     }
   }
 
