@@ -29,7 +29,7 @@ SHAPES = {
 def measure(setup: Setup) -> list[dict]:
     """Rows ``attention/kv<keys>/rows<R>``: attention as a phase of the pass (:mod:`bench.phases`).
 
-    The tree's own keys are among the keys. The phase includes a barrier of the whole grid; the others are timed alone,
+    The tree's own keys are among the keys. The phase includes the wait for slower blocks; the others are timed alone,
     in a graph, the layers taking turns. Where no fused pass runs, PyTorch's operations are measured as the engine.
     """
     return [row for length, rows in SHAPES[setup.target] for row in _measure(setup, length, rows)]

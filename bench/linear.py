@@ -21,7 +21,7 @@ NAMES = ("qkv", "output", "gate_up", "down")
 def measure(setup: Setup) -> list[dict]:
     """Rows ``linear/<projection>/rows<R>``: one layer's product as a phase of the pass (:mod:`bench.phases`).
 
-    The phase includes a barrier of the whole grid and what the pass does beside the product: the norm, RoPE and the
+    The phase includes the wait for slower blocks and what the pass does beside the product: the norm, RoPE and the
     write into the cache, SiLU, the residual. cuBLAS makes the product alone, in a graph, the layers taking turns so
     that none is cached. Where no fused pass runs, PyTorch's product is the engine's too.
     """

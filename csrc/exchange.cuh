@@ -3,9 +3,10 @@
 // needs it reads until it is something else. So there is no fence and no barrier of the grid between two steps, and a
 // step begins with what it has while slower blocks still work on the rest.
 //
-// Layers take turns with kExchanges buffers. One warp of each block, the sweeper, follows behind: when all blocks have
-// ended a layer, it sets all bits of its share of that layer's buffer again. Before a step writes to the buffer of
-// the next layer, it asks whether the sweepers of all blocks are that far; they have had nearly a layer's time.
+// Layers take turns with kExchanges buffers, and the head with them. One warp of each block, the sweeper, follows
+// behind: when all blocks have ended a layer, it sets all bits of its share of that layer's buffer again; the next
+// launch does so with the last two buffers. Before a step writes to the buffer of the next layer, it asks whether the
+// sweepers of all blocks are that far; they have had nearly a layer's time.
 #pragma once
 
 #include "group.cuh"
@@ -85,8 +86,9 @@ class Sweeper {
   __device__ __forceinline__ Sweeper(const PassParams& params, int64_t buffer_bytes, int first_buffer)
       : params_(params), bytes_(buffer_bytes), first_buffer_(first_buffer) {}
 
-  // Follows a launch. `ended` is the number of layers that this block has ended, `swept` of those after which the
-  // next but one may be written to.
+  // Follows a launch. `ended` is the number of layers that this block has ended, `swept` the last layer whose buffer
+  // may be written to. When all have met after a layer, each has swept its share of the buffer that the next layer but
+  // one will use, which is that of the layer before.
   __device__ __forceinline__ void run(const int* ended, int* swept) {
     // The last two buffers of the launch before this one.
     sweep(-2);

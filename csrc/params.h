@@ -203,7 +203,7 @@ struct PassCall {
   const int64_t* prefix;  // [B]
   const int64_t* logit_row;  // [B], the row of each sequence whose logits are wanted; null: all
   float* logits;  // [B, R or 1, vocab_size]
-  int64_t* clock;  // [5 num_layers + 3] ns at the end of each phase, for measuring; may be null
+  int64_t* clock;  // [5 num_layers + 3] ns when block 0 starts, begins each step, and ends, for measuring; may be null
 };
 
 // Describes a row-major matrix of 16-bit elements to the bulk copies of a pass, in kTensorMapBytes that go to device

@@ -59,9 +59,12 @@ __device__ __forceinline__ void produce(PassContext<T, kTiles>& context) {
   const PassParams& params = context.params;
   const uint64_t weights = read_once(), prefix = read_again();
   const int last = kLayerSteps * params.num_layers;
+  if (lane_index() < 2) prefetch_map(lane_index() == 0 ? params.key_map : params.value_map);
   for (int index = 0; index <= last; ++index) {
-    // The map of the step after this one or the next, which costs a trip to memory.
-    if (index + 2 <= last && lane_index() == 0) prefetch_map(share_at(context, index + 2).weight);
+    // The weights' map of the step after the next, which costs a trip to memory.
+    if (index + 2 <= last && step_at(params, index + 2) != Step::kAttention && lane_index() == 0) {
+      prefetch_map(share_at(context, index + 2).weight);
+    }
     if (step_at(params, index) == Step::kAttention) {
       stream_prefix(context, index / kLayerSteps, prefix);
     } else {
