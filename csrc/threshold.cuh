@@ -116,7 +116,7 @@ __device__ __forceinline__ bool search_candidates(const Law& law, int count, boo
       const float4 others = *reinterpret_cast<const float4*>(&scratch.candidates[i]);
       rank += (others.x > mine) + (others.y > mine) + (others.z > mine) + (others.w > mine);
     }
-    scratch.by_rank[rank] = mine;
+    atomicExch(&scratch.by_rank[rank], mine);  // ties all write the same
     atomicAdd(&scratch.weights[rank], fixed_point(exp2_fast((mine - stats.maximum) * law.scale)));
   }
   __syncthreads();

@@ -100,6 +100,10 @@ struct Context {
       params.clock[static_cast<int>(mark)] = clock64();
     }
   }
+  // Of what may come again; the first thread asks alone, as it counts the reads itself.
+  __device__ __forceinline__ void note_first(Mark mark) const {
+    if (threadIdx.x == 0 && shared.walk.reads == 0) note(mark);
+  }
 };
 
 template <LogitType kType>
@@ -337,7 +341,7 @@ __device__ __forceinline__ void read(const Context<kType>& context) {
   const int num_rows = num_targets + (with_draft ? span.num_drafts() : 0);
 
   send_slices(context, num_rows);
-  if (shared.walk.reads == 0) context.note(Mark::kRead);
+  context.note_first(Mark::kRead);
   if (cuts) {
 #pragma unroll 1
     for (int row = context.rank(); row < num_targets; row += context.group_size()) {
@@ -410,7 +414,7 @@ __device__ __forceinline__ void read(const Context<kType>& context) {
     }
   }
   __syncthreads();
-  if (shared.walk.reads == 0) context.note(Mark::kStatistics);
+  context.note_first(Mark::kStatistics);
 }
 
 // Two parts of a row together; the second is of later tokens.
