@@ -239,11 +239,11 @@ struct Sorted {
 // The threshold and the mass of what is kept; `whole` is the mass of the row, `others` no less than all that is not in
 // the lists. False if the candidates do not tell.
 template <int kCount>
-__device__ __forceinline__ bool search_sorted(const SliceLists& lists, const Choice& choice, float others, float whole,
-                                              const Law& law, RowStats& stats) {
-  const Sorted<kCount> sorted(lists.candidates, stats.maximum, law.scale);
+__device__ __forceinline__ bool search_sorted(const SliceLists& lists, const Choice& choice, float maximum,
+                                              float others, float whole, const Law& law, RowStats& stats) {
+  const Sorted<kCount> sorted(lists.candidates, maximum, law.scale);
   const uint64_t all = __shfl_sync(kAllLanes, sorted.masses[kCount - 1], 31);
-  const auto weight = [&](float x) { return exp2_fast((x - stats.maximum) * law.scale); };
+  const auto weight = [&](float x) { return exp2_fast((x - maximum) * law.scale); };
   float lowest = -FLT_MAX;
   double mass = whole * 0x1p40;
   if (law.top_k > 0) {  // what ties with the k-th is kept, and top-p is a share of all that
@@ -280,12 +280,13 @@ __device__ __forceinline__ bool search_sorted(const SliceLists& lists, const Cho
     if (!ends && !(lists_suffice && choice.lowest == -kInfinity)) return false;
     if (!lists_suffice && !(least > others)) return false;
   }
-  stats.threshold = from_ordered_key(threshold);
-  stats.inverse_mass = 1.0f / (static_cast<float>(sorted.reaching(stats.threshold)) * 0x1p-40f);
+  const float least_kept = from_ordered_key(threshold);
+  const float kept_mass = static_cast<float>(sorted.reaching(least_kept)) * 0x1p-40f;
+  if (lane_index() == 0) stats.threshold = least_kept, stats.inverse_mass = 1.0f / kept_mass;
   return true;
 }
 
-// Statistics of a row under a law that cuts; every lane returns the same. False if the lists do not tell.
+// Statistics of a row under a law that cuts, written by one lane. False, to all, if the lists do not tell.
 static __device__ __noinline__ bool search_lists(SliceLists& lists, int num_slices, const Law& law, RowStats& stats) {
   __builtin_assume(__isShared(&lists));
   __builtin_assume(__isShared(&law));
@@ -293,11 +294,12 @@ static __device__ __noinline__ bool search_lists(SliceLists& lists, int num_slic
   const LaneLists lane(lists, num_slices);
   const float maximum = warp_max(lane.logits[0]), others = warp_max(lane.others);
   const float whole = lane.mass(maximum, law.scale);
-  stats = {maximum, -kInfinity, law.min_p, 0.0f, 0, whole < kInfinity && maximum > -kInfinity};
-  if (!stats.valid) return true;
+  const bool valid = whole < kInfinity && maximum > -kInfinity;
+  if (lane_index() == 0) stats = {maximum, -kInfinity, law.min_p, 0.0f, 0, valid};
+  if (!valid) return true;
   const Choice choice = choose_candidates(lists, lane, law.top_k);
-  if (choice.count <= 32 * kFew) return search_sorted<kFew>(lists, choice, others, whole, law, stats);
-  if (choice.count <= 32 * kMany) return search_sorted<kMany>(lists, choice, others, whole, law, stats);
+  if (choice.count <= 32 * kFew) return search_sorted<kFew>(lists, choice, maximum, others, whole, law, stats);
+  if (choice.count <= 32 * kMany) return search_sorted<kMany>(lists, choice, maximum, others, whole, law, stats);
   return false;
 }
 

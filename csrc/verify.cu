@@ -314,7 +314,8 @@ __device__ __forceinline__ RowStats find_threshold(const Context<kType>& context
   }
   __syncthreads();
   if (warp_index() == 0) {
-    shared.cut_found = search_lists(shared.lists, num_slices, shared.law, shared.cut);
+    const bool found = search_lists(shared.lists, num_slices, shared.law, shared.cut);
+    if (lane_index() == 0) shared.cut_found = found;
   }
   __syncthreads();
   RowStats stats = shared.cut;
