@@ -67,6 +67,7 @@ _UNSUPPORTED = (
     ("use_cache", (None, True), "decoding without a cache"),
     ("cache_implementation", (None,), "another cache (fastspec keeps its own static one)"),
     ("prefill_chunk_size", (None,), "chunked prefill"),
+    ("token_healing", (None, False), "token healing"),
 )
 #: Arguments that describe images; :func:`make_prompts` reads them.
 _IMAGE_ARGUMENTS = (
@@ -147,6 +148,12 @@ def generate(
         raise ValueError(
             "synced_gpus=True cannot be honoured: a model sharded over processes is not supported"
         )
+    # Some of these never reach the loop: transformers acts on them, or fails, first.
+    check_config({name: _setting(target, kwargs, name) for name, *_ in _UNSUPPORTED})
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError(
+            "past_key_values cannot be honoured: fastspec keeps its own cache; pass the whole prompt"
+        )
     pixel_values = kwargs.get("pixel_values")
     if pixel_values is not None:
         check_pixel_values(target, pixel_values)
@@ -155,6 +162,7 @@ def generate(
     if inputs is not None:
         kwargs["input_ids"] = inputs
     _check_input_ids(target, kwargs)
+    _check_attention_mask(kwargs)
 
     kwargs, stop_strings = _take_stop_strings(target, kwargs)
     loop = custom_generate(
@@ -252,7 +260,7 @@ class DecodingLoop:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> torch.Tensor | SpeculativeOutput:
-        check_config(generation_config)
+        check_config({name: getattr(generation_config, name, None) for name, *_ in _UNSUPPORTED})
         batch, length = input_ids.shape
         if batch > MAX_BATCH_SIZE:
             raise ValueError(f"at most {MAX_BATCH_SIZE} sequences are decoded together, got {batch}")
@@ -400,10 +408,10 @@ def run(
             streamer.end()
 
 
-def check_config(config: GenerationConfig) -> None:
+def check_config(settings: dict[str, Any]) -> None:
     """Raises ValueError for a way of generating that is not sampling or greedy decoding."""
     for name, neutral, description in _UNSUPPORTED:
-        value = getattr(config, name, None)
+        value = settings[name]
         if value not in neutral:
             raise ValueError(f"{name}={value!r} cannot be honoured: {description} is not supported")
 
@@ -466,7 +474,7 @@ def make_prompts(
         images: ``pixel_values`` with what belongs to them, each image once, if they came past transformers.
     """
     placeholder = image_token_id(model)
-    rows = [ids[start:].to(model.device) for ids, start in zip(input_ids, starts, strict=True)]
+    rows = [ids[start:].to(model.device, torch.int64) for ids, start in zip(input_ids, starts, strict=True)]
     counts = [int((row == placeholder).sum()) for row in rows]
     given = {name: model_kwargs[name] for name in _IMAGE_ARGUMENTS if model_kwargs.get(name) is not None}
     encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
@@ -506,13 +514,14 @@ def _check_input_ids(target: nn.Module, kwargs: dict) -> None:
         raise ValueError(
             "input_ids are missing: pass what the model's processor returns (inputs_embeds is not supported)"
         )
-    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+    kinds = (torch.int64, torch.int32)
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.dtype not in kinds:
         given = (
             f"{list(input_ids.shape)} {input_ids.dtype}"
             if isinstance(input_ids, torch.Tensor)
             else type(input_ids)
         )
-        raise TypeError(f"input_ids must be an integer tensor [batch, length], got {given}")
+        raise TypeError(f"input_ids must be an int64 or int32 tensor [batch, length], got {given}")
     if input_ids.numel() == 0:
         raise ValueError(f"input_ids must not be empty, got shape {list(input_ids.shape)}")
     size = target.get_input_embeddings().weight.shape[0]
@@ -521,11 +530,27 @@ def _check_input_ids(target: nn.Module, kwargs: dict) -> None:
         raise ValueError(f"input_ids must be in [0, {size}), got values from {low} to {high}")
 
 
+def _check_attention_mask(kwargs: dict) -> None:
+    mask, expected = kwargs.get("attention_mask"), list(kwargs["input_ids"].shape)
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"attention_mask must be a tensor {expected}, got {type(mask)}")
+    # transformers drops a mask of ones before the loop could compare.
+    if list(mask.shape) != expected:
+        raise ValueError(f"attention_mask must have shape {expected} as input_ids, got {list(mask.shape)}")
+
+
+def _setting(target: nn.Module, kwargs: dict, name: str) -> Any:
+    """A generation setting as transformers finds it: an argument, the config passed, or the model's own."""
+    configs = (kwargs.get("generation_config"), target.generation_config)
+    given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in given if value is not None), None)
+
+
 def _take_stop_strings(target: nn.Module, kwargs: dict) -> tuple[dict, str | list[str] | None]:
     """Stop strings out of the arguments: transformers loses the tokenizer on the way to a custom loop."""
-    configs = (kwargs.get("generation_config"), target.generation_config)
-    given = [kwargs.get("stop_strings"), *(config.stop_strings for config in configs if config is not None)]
-    stop_strings = next((strings for strings in given if strings is not None), None)
+    stop_strings = _setting(target, kwargs, "stop_strings")
     if stop_strings is None:
         return kwargs, None
     return {**kwargs, "stop_strings": None}, stop_strings

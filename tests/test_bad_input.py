@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import (
     CLIPVisionModel,
     DynamicCache,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlavaConfig,
@@ -258,6 +259,14 @@ def test_tree_and_ngram_of_the_wrong_type():
         ),
         ({"use_cache": False}, "use_cache=False cannot be honoured"),
         ({"cache_implementation": "static"}, "cache_implementation='static' cannot be honoured"),
+        # transformers would hand over to its own continuous batching, without the draft and the image.
+        ({"cache_implementation": "paged"}, "cache_implementation='paged' cannot be honoured"),
+        ({"token_healing": True}, "token_healing=True cannot be honoured: token healing is not supported"),
+        (
+            {"generation_config": GenerationConfig(token_healing=True)},
+            "token_healing=True cannot be honoured: token healing is not supported",
+        ),
+        ({"past_key_values": DynamicCache()}, "past_key_values cannot be honoured: fastspec keeps its own"),
         (
             {"prompt_lookup_num_tokens": 3},
             "prompt_lookup_num_tokens belongs to transformers' assisted generation; here it is draft='ngram'",
@@ -286,9 +295,12 @@ def test_input_ids():
     refused(ValueError, "input_ids are missing", inputs={})
     refused(
         TypeError,
-        r"integer tensor \[batch, length\], got \[3\] torch.int64",
+        r"int64 or int32 tensor \[batch, length\], got \[3\] torch.int64",
         inputs={"input_ids": torch.arange(3)},
     )
+    for dtype in (torch.bool, torch.uint8, torch.complex64):
+        ids = torch.ones(1, 3).to(dtype)
+        refused(TypeError, rf"int64 or int32 tensor .*, got \[1, 3\] {dtype}", inputs={"input_ids": ids})
     refused(TypeError, "got <class 'list'>", inputs={"input_ids": [[1, 2]]})
     refused(
         ValueError,
@@ -318,6 +330,15 @@ def test_masks_and_positions():
         "prompt 1 is empty: its attention_mask has no ones",
         inputs={**inputs, "attention_mask": empty},
     )
+    for columns in (12, 14):
+        wrong = torch.ones(2, columns, dtype=torch.int64)
+        message = rf"attention_mask must have shape \[2, 13\] as input_ids, got \[2, {columns}\]"
+        refused(ValueError, message, inputs={**inputs, "attention_mask": wrong})
+    refused(
+        TypeError,
+        r"attention_mask must be a tensor \[2, 13\], got <class 'list'>",
+        inputs={**inputs, "attention_mask": mask.tolist()},
+    )
     positions = torch.arange(mask.shape[1]).expand(2, -1) + 5
     refused(ValueError, "position_ids must count from 0", inputs={**inputs, "position_ids": positions})
 
@@ -337,7 +358,7 @@ def test_prompts_that_are_not_token_ids_from_the_start():
         cache.update(filled, filled, layer)
     refused(
         ValueError,
-        "past_key_values with content cannot be honoured: pass the whole prompt",
+        "past_key_values cannot be honoured: fastspec keeps its own cache; pass the whole prompt",
         past_key_values=cache,
     )
 

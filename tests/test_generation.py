@@ -127,6 +127,14 @@ def test_an_image_draft_may_use_fewer_image_tokens():
     torch.testing.assert_close(transformer.logits(hidden), theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_token_ids_of_32_bits():
+    inputs = picture_inputs(2)
+    inputs["input_ids"] = inputs["input_ids"].int()
+    expected, ours = both(inputs, **GREEDY)
+    assert torch.equal(ours, expected)
+    assert ours.dtype == expected.dtype
+
+
 def test_prompts_of_different_lengths_padded_on_the_left():
     rows = [picture_inputs(text_tokens=n, seed=n)["input_ids"][0] for n in (3, 9, 6)]
     inputs = left_padded(rows)
