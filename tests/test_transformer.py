@@ -218,6 +218,23 @@ def test_adapters_and_offloaded_weights_are_refused():
     model.model.layers[0].mlp.up_proj = Adapter(16, 32)
     with pytest.raises(ValueError, match=r"plain nn.Linear projections, got Adapter: merge adapters"):
         DecodeTransformer(*text_stack(model))
+    model = tiny_llama()
+    model.lm_head = Adapter(16, 64)
+    with pytest.raises(ValueError, match=r"plain nn.Linear output projections, got Adapter: merge adapters"):
+        DecodeTransformer(*text_stack(model))
+
+    class AdaptedEmbedding(torch.nn.Embedding):
+        pass
+
+    model = tiny_llama()
+    model.model.embed_tokens = AdaptedEmbedding(64, 16)
+    with pytest.raises(ValueError, match=r"plain nn.Embedding embeddings, got AdaptedEmbedding"):
+        DecodeTransformer(*text_stack(model))
+    for name in ("norm", "layers.0.input_layernorm", "layers.0.post_attention_layernorm"):
+        model = tiny_llama()
+        model.model.set_submodule(name, torch.nn.LayerNorm(16))
+        with pytest.raises(ValueError, match="expected an RMSNorm, got LayerNorm"):
+            DecodeTransformer(*text_stack(model))
     offloaded = tiny_llama().to("meta")
     with pytest.raises(ValueError, match="weights in memory, got a model on the meta device"):
         DecodeTransformer(*text_stack(offloaded))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from fastspec.model.cache import CacheView, StaticCache
-from fastspec.model.weights import pack_layer
+from fastspec.model.weights import check_norms, check_plain, pack_layer
 from fastspec.ops.attention import tree_attention, visible_rows
 from fastspec.ops.backends import current
 from fastspec.ops.causal_attention import causal_attention
@@ -24,7 +24,7 @@ class DecodeTransformer:
     """LLaMA, Vicuna, Mistral and Qwen2 text models with 1-D RoPE, reading the weights of a transformers module.
 
     Projections are fused in place, the module's parameters becoming views (see :mod:`fastspec.model.weights`).
-    The transformer keeps tensors only, never the module.
+    The transformer keeps tensors only, never the module: nothing calls the module, and its forward hooks do not run.
 
     Args:
         text_model: a transformers text model such as ``LlamaModel``.
@@ -38,6 +38,9 @@ class DecodeTransformer:
     def __init__(self, text_model: nn.Module, lm_head: nn.Module):
         config = text_model.config
         check_text_model(config)
+        check_plain(text_model.embed_tokens, nn.Embedding, "embeddings")
+        check_plain(lm_head, nn.Linear, "output projections")
+        check_norms(text_model.norm)
         self.hidden_size = config.hidden_size
         self.vocab_size = lm_head.weight.shape[0]
         self.num_layers = config.num_hidden_layers

@@ -30,9 +30,10 @@ def pack_layer(layer: nn.Module) -> LayerWeights:
     Packing again finds the storage already fused and copies nothing.
 
     Raises:
-        ValueError: if a projection is not a plain ``nn.Linear`` with weights in memory.
+        ValueError: if a projection is not a plain ``nn.Linear`` with weights in memory, or a norm no RMSNorm.
     """
     attention, mlp = layer.self_attn, layer.mlp
+    check_norms(layer.input_layernorm, layer.post_attention_layernorm)
     qkv, qkv_bias = fuse([attention.q_proj, attention.k_proj, attention.v_proj])
     output, output_bias = fuse([attention.o_proj])
     gate_up, gate_up_bias = fuse([mlp.gate_proj, mlp.up_proj])
@@ -54,11 +55,7 @@ def pack_layer(layer: nn.Module) -> LayerWeights:
 def fuse(linears: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Stacks linear layers over their outputs into one storage and points the layers' parameters at it."""
     for linear in linears:
-        if type(linear) is not nn.Linear:
-            raise ValueError(
-                f"expected plain nn.Linear projections, got {type(linear).__name__}: "
-                "merge adapters and load the model unquantised"
-            )
+        check_plain(linear, nn.Linear, "projections")
         if linear.weight.device.type == "meta":
             raise ValueError("expected weights in memory, got a model on the meta device (offloaded?)")
     weight = _stack([linear.weight for linear in linears])
@@ -68,6 +65,22 @@ def fuse(linears: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | Non
     if any(bias is None for bias in biases):
         raise ValueError("expected all of the fused projections to have a bias, or none of them")
     return weight, _stack(biases)
+
+
+def check_plain(module: nn.Module, kind: type[nn.Module], what: str) -> None:
+    """Raises ValueError for a module that may compute more than its weights say: only they are read."""
+    if type(module) is not kind:
+        raise ValueError(
+            f"expected plain nn.{kind.__name__} {what}, got {type(module).__name__}: "
+            "merge adapters and load the model unquantised"
+        )
+
+
+def check_norms(*norms: nn.Module) -> None:
+    """Raises ValueError for a norm that is no RMSNorm by name; every family has a class of its own."""
+    for norm in norms:
+        if not type(norm).__name__.endswith("RMSNorm"):
+            raise ValueError(f"expected an RMSNorm, got {type(norm).__name__}: merge adapters")
 
 
 def _stack(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
