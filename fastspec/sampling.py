@@ -92,6 +92,8 @@ class SamplingTensors:
         Raises:
             ValueError: for more than 16 end-of-sequence ids.
         """
+        # Ids outside the vocabulary never come, and would be written out of bounds.
+        eos_token_ids = [token_id for token_id in eos_token_ids if 0 <= token_id < self.vocab_size]
         if len(eos_token_ids) > self.MAX_EOS:
             raise ValueError(f"at most {self.MAX_EOS} eos_token_ids are supported, got {len(eos_token_ids)}")
         self._params[row] = params

@@ -181,6 +181,7 @@ def test_results_do_not_depend_on_the_place_in_the_batch():
         {"max_new_tokens": 20, "min_length": 28},
         {"max_new_tokens": 20, "eos_token_id": [5, 17, 40]},
         {"max_new_tokens": 20, "eos_token_id": 40, "pad_token_id": 6},
+        {"max_new_tokens": 20, "eos_token_id": [2, 64, 70_000, *range(100, 120)], "min_new_tokens": 5},
         {"max_new_tokens": 24, "repetition_penalty": 1.6},
         {"max_new_tokens": 24, "repetition_penalty": 0.8, "min_new_tokens": 10},
         {"max_new_tokens": 1},
