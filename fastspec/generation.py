@@ -260,6 +260,8 @@ class DecodingLoop:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> torch.Tensor | SpeculativeOutput:
+        check_target(model)
+        check_autocast(model)
         check_config({name: getattr(generation_config, name, None) for name, *_ in _UNSUPPORTED})
         batch, length = input_ids.shape
         if batch > MAX_BATCH_SIZE:
@@ -414,6 +416,16 @@ def check_config(settings: dict[str, Any]) -> None:
         value = settings[name]
         if value not in neutral:
             raise ValueError(f"{name}={value!r} cannot be honoured: {description} is not supported")
+
+
+def check_autocast(model: nn.Module) -> None:
+    """Raises ValueError where torch.autocast would compute in another precision than that of the caches."""
+    device, dtype = model.device.type, model.get_input_embeddings().weight.dtype
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
+        raise ValueError(
+            f"torch.autocast to {torch.get_autocast_dtype(device)} cannot be honoured for a model in {dtype}: "
+            "load the model in that precision instead"
+        )
 
 
 def check_leftovers(model_kwargs: dict) -> None:

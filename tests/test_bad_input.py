@@ -4,6 +4,7 @@ import random
 import struct
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from models import (
@@ -61,6 +62,7 @@ def test_no_draft_or_the_wrong_kind_of_model():
     )
     refused(TypeError, "got 'lookup'", draft="lookup")
     refused(TypeError, "got Linear", draft=torch.nn.Linear(2, 2))
+    refused(TypeError, "got ndarray", draft=np.zeros(2))
     refused(
         TypeError,
         r"target must be a LLaVA-shaped model \(llava, .*\), got LlamaForCausalLM \(model_type 'llama'\)",
@@ -69,6 +71,10 @@ def test_no_draft_or_the_wrong_kind_of_model():
     refused(TypeError, "target must be a LLaVA-shaped model .*, got str", target="llava-hf/llava-1.5-7b-hf")
     with pytest.raises(TypeError, match="got NoneType"):
         SpeculativeDecoder(None, TEXT)
+    with pytest.raises(TypeError, match=r"target must be a LLaVA-shaped model .*, got LlamaForCausalLM"):
+        TEXT.generate(
+            torch.tensor([[1, 5]]), max_new_tokens=2, custom_generate=fastspec.custom_generate(TEXT)
+        )
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
     refused(ValueError, "unsupported text model 'gpt2'; supported: llama, mistral, qwen2", draft=gpt2)
 
@@ -367,6 +373,15 @@ def test_models_on_several_devices():
     draft = tiny_llama()
     draft.model.embed_tokens.weight = torch.nn.Parameter(draft.model.embed_tokens.weight.to("meta"))
     refused(ValueError, "draft and target must be on one device, got meta and cpu", draft=draft)
+
+
+def test_autocast_to_another_precision():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        refused(
+            ValueError, "torch.autocast to torch.bfloat16 cannot be honoured for a model in torch.float32"
+        )
+        target, draft = tiny_llava().to(torch.bfloat16), tiny_llama().to(torch.bfloat16)
+        assert fastspec.generate(target, draft=draft, **picture_inputs(), max_new_tokens=2).shape == (1, 15)
 
 
 def test_an_image_draft_without_pixels_is_said_before_any_work(monkeypatch):

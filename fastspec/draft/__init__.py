@@ -31,7 +31,7 @@ def make_draft(draft: object) -> Draft:
     """
     if isinstance(draft, Draft):
         return draft
-    if draft == "ngram":
+    if isinstance(draft, str) and draft == "ngram":
         return NgramDraft()
     if is_multimodal(draft):
         return ImageDraft(draft)
