@@ -73,7 +73,7 @@ def parse_object(line: Line) -> dict[str, Any]:
     """
     try:
         record = json.loads(line.text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits is no JSONDecodeError
         raise line.error(f"not JSON: {error}") from None
     if not isinstance(record, dict):
         raise line.error(f"expected a JSON object, got {shown(record)}")

@@ -197,14 +197,14 @@ def test_questions_of_chats_and_damaged_images(folder, tmp_path):
         "".join(
             json.dumps({"image": name, "conversations": [{"from": "human", "value": "<image>\nWhat?"},
                                                          {"from": "gpt", "value": "x"}]}) + "\n"
-            for name in ("0.png", "1.png", "none.png")
+            for name in ("0.png", "1.png", "none.png", "x" * 300)
         )
     )  # fmt: skip
     bad = Distillation("miniature", images, chats, tmp_path / "out.jsonl", max_new_tokens=2)
     with pytest.raises(DataError, match=r"chats\.jsonl, line 3: no image 'none\.png'"):
         distill(bad)
     counts = distill(replace(bad, skip_bad_lines=True))
-    assert (counts["answers"], counts["skipped"]) == (1, 2)
+    assert (counts["answers"], counts["skipped"]) == (1, 3)
     assert json.loads((tmp_path / "out.jsonl").read_text())["id"] == "0.png#1@0"
 
 
@@ -317,9 +317,12 @@ QUESTION, ANSWER = ("human", "What?"), ("gpt", "A disc.")
         ("", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("3", "expected a JSON object, got 3"),
+        ('{"a": ' + "1" * 5000 + "}", "not JSON: Exceeds the limit"),
         ("{}", "no 'conversations', or an empty list"),
         ('{"conversations": [7]}', r"conversations\[0\] is not an object"),
         (chat(("dog", "woof")), "must be one of system, human, gpt, got 'dog'"),
+        (chat((["human"], "What?")), r"must be one of system, human, gpt, got \['human'\]"),
+        (chat(("human", "What\ud800?"), ANSWER), r"conversations\[0\]\['value'\] holds half of a surrogate pair"),
         (chat(("human", None)), r"conversations\[0\]\['value'\] must be a string"),
         (chat(QUESTION), "must be human, gpt, human, gpt"),
         (chat(ANSWER, QUESTION), "must be human, gpt, human, gpt"),

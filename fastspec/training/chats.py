@@ -88,10 +88,14 @@ def _parse_turn(index: int, turn: Any, check: Any) -> Turn:
     check(isinstance(turn, dict), f"conversations[{index}] is not an object")
     speaker, text = turn.get("from"), turn.get("value")
     check(
-        speaker in SPEAKERS,
+        isinstance(speaker, str) and speaker in SPEAKERS,
         f"conversations[{index}]['from'] must be one of {', '.join(SPEAKERS)}, got {speaker!r}",
     )
     check(isinstance(text, str), f"conversations[{index}]['value'] must be a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # it would stop the tokenizer later
+        check(False, f"conversations[{index}]['value'] holds half of a surrogate pair")
     tags = text.count(IMAGE_TAG)
     check(not tags or speaker == "human", f"conversations[{index}]: {IMAGE_TAG} in a turn of {speaker}")
     if tags:
@@ -108,4 +112,11 @@ def _parse_turn(index: int, turn: Any, check: Any) -> Turn:
 
 def missing_image(folder: Path, chat: Chat) -> str | None:
     """The first image of the chat that is not in the folder."""
-    return next((image for image in chat.images if not (folder / image).is_file()), None)
+
+    def there(image: str) -> bool:
+        try:
+            return (folder / image).is_file()
+        except (OSError, ValueError):  # a name that no file can have
+            return False
+
+    return next((image for image in chat.images if not there(image)), None)
