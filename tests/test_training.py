@@ -443,6 +443,12 @@ def test_text_is_packed_with_its_begin_and_end_tokens(tmp_path, processor):
     assert all(len(blocks[i][0].ids) == 8 for i in range(len(blocks) - 1))
     assert blocks[0][0].spoken == (False,) + (True,) * 7
 
+    # The target's rows would keep the token and the draft's would not: their answers would be others.
+    path.write_text("The <image> tag of SVG.\n")
+    blocks = TextBlocks([path], processor.tokenizer, 64, BadLines(), placeholder=IMAGE)
+    assert IMAGE not in blocks[0][0].ids
+    assert processor.tokenizer.decode(blocks[0][0].ids).startswith("<s>The ")
+
     path.write_bytes(b"A red disc.\n\xff\nA box.\n")
     with pytest.raises(DataError, match=r"text\.txt, line 2: not UTF-8"):
         TextBlocks([path], processor.tokenizer, 8, BadLines())
@@ -864,6 +870,14 @@ def test_bad_arguments_are_named(folder, tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         train_draft(asked(folder, tmp_path / "draft", **changes))
     assert not (tmp_path / "draft").exists()
+
+
+@needs_weights
+def test_text_that_tells_of_image_tags(folder, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("A red disc in an <image> tag.\n\n" * 40)
+    task = asked(folder, tmp_path / "draft", stage="pretrain", data=(path,), max_length=16, loss="forward-kl")
+    assert train_draft(task)["steps"] == 6
 
 
 @needs_weights

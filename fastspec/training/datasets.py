@@ -27,12 +27,20 @@ class TextBlocks(Dataset):
         tokenizer: the target's.
         length: tokens of a block.
         bad: what happens to lines that are not UTF-8.
+        placeholder: the image token, which stands for no picture in a text and is left out.
 
     Raises:
         ValueError: for a file that is missing, empty or without text.
     """
 
-    def __init__(self, paths: Sequence[Path], tokenizer: Any, length: int, bad: BadLines):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        tokenizer: Any,
+        length: int,
+        bad: BadLines,
+        placeholder: int | None = None,
+    ):
         self._length = length
         self._tokens = array("i")
         begin, end = (
@@ -45,7 +53,7 @@ class TextBlocks(Dataset):
             )
             for some in _groups(documents, 256):
                 for ids in tokenizer(some, add_special_tokens=False)["input_ids"]:
-                    self._tokens.extend(begin + ids + end)
+                    self._tokens.extend(begin + [token for token in ids if token != placeholder] + end)
             if len(self._tokens) == before:
                 raise ValueError(f"{path} has no text")
 

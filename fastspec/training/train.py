@@ -217,7 +217,9 @@ def _trainer_arguments(asked: Training, fresh: bool) -> TrainingArguments:
 
 def _open_data(asked: Training, pair: Pair, bad: BadLines) -> Dataset:
     if asked.stage == "pretrain":
-        return TextBlocks(asked.data, pair.processor.tokenizer, asked.max_length, bad)
+        return TextBlocks(
+            asked.data, pair.processor.tokenizer, asked.max_length, bad, placeholder=pair.image_token_id
+        )
     check_template(pair.processor)
     return ChatRows(
         asked.data,
