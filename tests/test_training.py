@@ -823,6 +823,22 @@ def test_an_image_adapter_is_trained_in_two_stages(folder, tmp_path, pooling):
 
 
 @needs_weights
+def test_an_adapter_alone_gets_over_batches_without_a_picture(folder, tmp_path):
+    talk = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A disc."}]}
+    pictured = (folder / "answers.jsonl").read_text().splitlines()[:2]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join([json.dumps(talk)] * 4 + pictured) + "\n")
+    task = asked(folder, tmp_path / "draft", stage="instruct", data=(path,), image_adapter=True,
+                 train="adapter", batch_size=1, held_out=0)  # fmt: skip
+    train_draft(replace(task, steps=0, epochs=0.0))
+    random = LlavaForConditionalGeneration.from_pretrained(task.out).state_dict()
+    train_draft(replace(task, out=tmp_path / "learned"))
+    learned = LlavaForConditionalGeneration.from_pretrained(tmp_path / "learned").state_dict()
+    moved = {name for name in random if not torch.equal(random[name], learned[name])}
+    assert moved and all("multi_modal_projector" in name for name in moved)
+
+
+@needs_weights
 def test_several_files_of_text_by_the_command_line(run, tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("A red disc is on the left.\n\n" * 40)
@@ -857,6 +873,7 @@ def test_sizes():
         ({"loss": "hinge"}, ValueError, r"unknown loss 'hinge'; expected one of cross-entropy, .*tvd\+\+"),
         ({"draft": "miniature"}, ValueError, "--size is for a new draft"),
         ({"draft": "ngram", "size": None}, ValueError, "no model that could be trained"),
+        ({"stage": "pretrain", "train": "adapter"}, ValueError, "--train adapter learns from pictures"),
         ({"train": "adapter"}, ValueError, "a text-only draft has no adapter"),
         ({"image_pooling": 2}, ValueError, "--image-pooling is for a new image adapter"),
         ({"image_adapter": True, "image_pooling": 5}, ValueError, "144 image features cannot be pooled by 5 x 5"),

@@ -92,6 +92,8 @@ def train_draft(asked: Training, callbacks: Sequence[TrainerCallback] = ()) -> d
     """
     if asked.stage not in STAGES:
         raise ValueError(f"unknown stage {asked.stage!r}; expected one of {', '.join(STAGES)}")
+    if asked.stage == "pretrain" and asked.train == "adapter":
+        raise ValueError("--train adapter learns from pictures, and --stage pretrain has none")
     loss = find_loss(asked.loss)
     compares = asked.loss != "cross-entropy"
     checkpoint = _resume_point(asked)

@@ -153,7 +153,12 @@ class DraftTrainer(Trainer):
         return hidden.flatten(0, 1)[inputs["places"]]
 
     def _keep_hidden(self, model: nn.Module, inputs: Any, output: Any) -> None:
-        self._hidden = output.last_hidden_state
+        hidden = output.last_hidden_state
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            # An adapter learns alone and the batch has no picture: a gradient of zero, for processes to share.
+            learned = (weights for weights in self.model.parameters() if weights.requires_grad)
+            hidden = output.last_hidden_state = hidden + 0 * sum(weights.sum() for weights in learned)
+        self._hidden = hidden
 
     def _draft_logits(self, hidden: Tensor) -> Tensor:
         with self.accelerator.autocast():
