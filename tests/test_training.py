@@ -705,6 +705,14 @@ def test_a_resumed_run_ends_like_one_without_interruption(folder, tmp_path, monk
     assert all(torch.equal(weight, two[name]) for name, weight in one.items())
     assert (whole.run_folder / "losses.csv").read_text() == (cut.run_folder / "losses.csv").read_text()
 
+    # One that was killed after its last checkpoint has nothing left to learn, however often it is resumed.
+    shutil.rmtree(cut.out)
+    assert train_draft(replace(cut, resume=True))["steps"] == 7
+    two = weights(cut.out)
+    assert all(torch.equal(weight, two[name]) for name, weight in one.items())
+    assert (whole.run_folder / "losses.csv").read_text() == (cut.run_folder / "losses.csv").read_text()
+    assert train_draft(replace(cut, resume=True, steps=8))["steps"] == 8
+
 
 def test_the_course_as_a_table_and_a_plot(tmp_path):
     history = History(tmp_path, "forward-kl")

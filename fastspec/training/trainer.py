@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from fastspec.lines import BadLines
 from fastspec.model.vision import text_stack
@@ -20,6 +20,18 @@ from fastspec.training.meter import Meter
 EVALUATED_TOGETHER = 4096
 #: Parts of a batch that are no inputs of the draft.
 _BESIDE = ("target", "labels", "places", "answers")
+
+
+class _Finished(Exception):
+    """All steps were taken before."""
+
+
+class _EndAtOnce(TrainerCallback):
+    """Keeps Trainer, which looks at the count after a step, from one step more whenever a finished run is resumed."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if 0 < state.max_steps <= state.global_step:
+            raise _Finished
 
 
 class DraftTrainer(Trainer):
@@ -48,6 +60,7 @@ class DraftTrainer(Trainer):
         self._loss, self._loss_needs_target, self._target = loss, loss_needs_target, target
         self._meter, self._bad = meter, bad
         self.add_callback(meter)
+        self.add_callback(_EndAtOnce)
         # Makes Trainer count the tokens of all accumulated batches and processes, by which the loss is divided.
         self.model_accepts_loss_kwargs = True
         self._head = text_stack(self.model)[1]
@@ -75,7 +88,10 @@ class DraftTrainer(Trainer):
         return total * self.accelerator.num_processes / count
 
     def train(self, *arguments: Any, **more: Any) -> Any:
-        result = super().train(*arguments, **more)
+        try:
+            result = super().train(*arguments, **more)
+        except _Finished:
+            return None
         self._look()
         return result
 
