@@ -714,6 +714,26 @@ def test_a_resumed_run_ends_like_one_without_interruption(folder, tmp_path, monk
     assert train_draft(replace(cut, resume=True, steps=8))["steps"] == 8
 
 
+@needs_weights
+def test_a_run_is_resumed_with_what_it_was_begun_with(folder, tmp_path):
+    data = tmp_path / "answers.jsonl"
+    shutil.copy(folder / "answers.jsonl", data)
+    task = replace(asked(folder, tmp_path / "draft", steps=3), data=(data,))
+    train_draft(task)
+    for changes, message in (
+        ({"size": "64,1,2,64"}, 'another --size: "32,1,2,64" then, "64,1,2,64" now'),
+        ({"seed": 1}, "another --seed: 0 then, 1 now"),  # other examples would be held out
+        ({"loss": "forward-kl"}, 'another --loss: "cross-entropy" then, "forward-kl" now'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_draft(replace(task, resume=True, **changes))
+    assert train_draft(replace(task, resume=True, steps=4, learning_rate=1e-3))["steps"] == 4
+    with data.open("a") as file:
+        file.write(data.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="another --data"):
+        train_draft(replace(task, resume=True))
+
+
 def test_the_course_as_a_table_and_a_plot(tmp_path):
     history = History(tmp_path, "forward-kl")
     history.begin(0)

@@ -28,6 +28,10 @@ from fastspec.training.template import STAGES, check_template
 from fastspec.training.trainer import DraftTrainer
 
 
+#: Of a run folder: what its checkpoints can only be resumed with.
+ARGUMENTS = "arguments.json"
+
+
 @dataclass(frozen=True)
 class Training:
     """Everything that ``fastspec train-draft`` asks for.
@@ -72,6 +76,24 @@ class Training:
     skip_bad_lines: bool = False
     resume: bool = False
     compile: bool = False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint can only be resumed with, ready for JSON; names as on the command line."""
+        return {
+            "target": _place(self.target),
+            "stage": self.stage,
+            "data": [[str(path.resolve()), path.stat().st_size] for path in self.data if path.is_file()],
+            "draft": self.draft and _place(self.draft),
+            "size": self.size,
+            "image-adapter": self.image_adapter,
+            "image-pooling": self.image_pooling,
+            "train": self.train,
+            "loss": self.loss,
+            "max-length": self.max_length,
+            "held-out": self.held_out,
+            "seed": self.seed,
+        }
 
     @property
     def run_folder(self) -> Path:
@@ -134,6 +156,10 @@ def train_draft(asked: Training, callbacks: Sequence[TrainerCallback] = ()) -> d
     if trainer.is_world_process_zero():
         asked.run_folder.mkdir(parents=True, exist_ok=True)
         remove_torn_checkpoints(asked.run_folder)
+        if checkpoint is None:
+            fresh = asked.run_folder / f"{ARGUMENTS}.new"
+            fresh.write_text(json.dumps(asked.facts, indent=1) + "\n")
+            fresh.replace(asked.run_folder / ARGUMENTS)
         history.begin(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -156,6 +182,10 @@ def train_draft(asked: Training, callbacks: Sequence[TrainerCallback] = ()) -> d
     return result | {"main_process": trainer.is_world_process_zero()}
 
 
+def _place(checkpoint: str) -> str:
+    return str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
+
+
 def _final_metrics(trainer: DraftTrainer) -> dict[str, float]:
     """The held-out metrics of the last step, evaluated unless they just were."""
     if trainer.eval_dataset is None:
@@ -172,6 +202,18 @@ def _resume_point(asked: Training) -> Path | None:
         raise ValueError(
             f"{asked.run_folder} has checkpoints of another run: pass --resume to go on with it, or remove it"
         )
+    arguments = asked.run_folder / ARGUMENTS
+    if checkpoint is not None and arguments.is_file():
+        try:
+            before = json.loads(arguments.read_text())
+        except ValueError as error:
+            raise ValueError(f"{arguments} is damaged: {error}") from None
+        for name, now in asked.facts.items():
+            if before.get(name) != now:
+                raise ValueError(
+                    f"{asked.run_folder} is of a run with another --{name}: {json.dumps(before.get(name))} then, "
+                    f"{json.dumps(now)} now; resume with what was passed then, or begin anew with another --out"
+                )
     return checkpoint
 
 
