@@ -8,12 +8,14 @@ import sys
 import tarfile
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from fastspec import miniature
 from fastspec.miniature import reading, scenes, stream, tokens
@@ -460,7 +462,7 @@ def test_passes_of_a_foreseen_answer():
     assert _passes([True, False, True, True, False, True], gamma=5) == 3
 
 
-def test_a_failed_save_leaves_the_old_folder(tmp_path):
+def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
     from fastspec.miniature.models import replace_folder
 
     folder = tmp_path / "kept"
@@ -473,6 +475,40 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         replace_folder(folder, fail)
     assert (folder / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+    def full(fresh):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match=r"cannot save .*kept: I/O error: No space left"):
+        replace_folder(folder, full)
+
+    # Of a save that ends between its two moves the old folder stays.
+    rename = Path.rename
+
+    def cut_short(self, place):
+        if ".new." in self.name:
+            raise KeyboardInterrupt
+        return rename(self, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            replace_folder(folder, lambda fresh: (fresh / "a").write_text("new"))
+    assert (folder / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+    # What a process of the same number left when it was killed, once here and once there.
+    fresh, stale = (tmp_path / f".kept.{kind}.{os.getpid()}" for kind in ("new", "old"))
+    fresh.mkdir()
+    folder.rename(stale)
+    with pytest.raises(OSError, match="disk full"):
+        replace_folder(folder, fail)
+    assert (folder / "a").read_text() == "old"
+    stale.mkdir()
+    (stale / "b").touch()
+    replace_folder(folder, lambda fresh: (fresh / "a").write_text("new"))
+    assert (folder / "a").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 

@@ -783,6 +783,21 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_old_draft(folder, t
 
 
 @needs_weights
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+def test_a_disk_that_is_really_full_ends_with_a_message(folder, tmp_path):
+    command = [sys.executable, "-m", "fastspec", "train-draft", "--target", "miniature", "--out", tmp_path / "draft",
+               "--stage", "distill", "--data", folder / "answers.jsonl", "--images", folder / "images",
+               "--size", "64,1,2,64", "--steps", "2", "--save-every", "1", "--device", "cpu"]  # fmt: skip
+    limited = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+    limited += "os.execv(sys.argv[1], sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", limited, *command], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "error: cannot save step 1: " in done.stderr
+    assert "the last good checkpoint is none, for none was saved yet" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_weights
 def test_a_loss_that_is_nan_ends_the_run(folder, tmp_path, monkeypatch):
     def diverging(calls):
         seen = []
@@ -863,7 +878,8 @@ def test_an_adapter_alone_gets_over_batches_without_a_picture(folder, tmp_path):
     train_draft(replace(task, out=tmp_path / "learned"))
     learned = LlavaForConditionalGeneration.from_pretrained(tmp_path / "learned").state_dict()
     moved = {name for name in random if not torch.equal(random[name], learned[name])}
-    assert moved and all("multi_modal_projector" in name for name in moved)
+    assert moved
+    assert all("multi_modal_projector" in name for name in moved)
 
 
 @needs_weights

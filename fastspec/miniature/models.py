@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import (
     CLIPImageProcessorPil,
@@ -136,15 +137,24 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a new folder, then put it in the place of `folder` in one move."""
     fresh = folder.with_name(f".{folder.name}.new.{os.getpid()}")
     stale = folder.with_name(f".{folder.name}.old.{os.getpid()}")
+
+    def tidy() -> None:
+        if stale.exists() and not folder.exists():
+            stale.rename(folder)  # whatever came between the two moves, one of both stays
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(stale, ignore_errors=True)
+
+    tidy()  # in a container a process often has the number of the one that was killed
     fresh.mkdir(parents=True)
     try:
         fill(fresh)
         if folder.exists():
             folder.rename(stale)
         fresh.rename(folder)
+    except SafetensorError as error:  # a full disk in safetensors' words
+        raise OSError(f"cannot save {folder}: {error}") from error
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(stale, ignore_errors=True)
+        tidy()
 
 
 def save_companion(companion: LlavaProcessor | PreTrainedTokenizerFast, folder: Path) -> None:

@@ -27,7 +27,6 @@ from fastspec.training.pair import Pair, load_pair
 from fastspec.training.template import STAGES, check_template
 from fastspec.training.trainer import DraftTrainer
 
-
 #: Of a run folder: what its checkpoints can only be resumed with.
 ARGUMENTS = "arguments.json"
 

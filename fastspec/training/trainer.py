@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
@@ -22,7 +23,7 @@ EVALUATED_TOGETHER = 4096
 _BESIDE = ("target", "labels", "places", "answers")
 
 
-class _Finished(Exception):
+class _FinishedError(Exception):
     """All steps were taken before."""
 
 
@@ -31,7 +32,7 @@ class _EndAtOnce(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if 0 < state.max_steps <= state.global_step:
-            raise _Finished
+            raise _FinishedError
 
 
 class DraftTrainer(Trainer):
@@ -90,7 +91,7 @@ class DraftTrainer(Trainer):
     def train(self, *arguments: Any, **more: Any) -> Any:
         try:
             result = super().train(*arguments, **more)
-        except _Finished:
+        except _FinishedError:
             return None
         self._look()
         return result
@@ -130,7 +131,11 @@ class DraftTrainer(Trainer):
         # A finite loss may have a gradient that is not: the weights show it before the next loss does.
         if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
             self._stop("weights are NaN or infinite", self.state.global_step)
-        super()._save_checkpoint(model, trial)
+        step = self.state.global_step
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk each library has its own
+            raise OSError(f"cannot save step {step}: {error}; {self._last_good()}") from error
 
     def prediction_step(
         self,
@@ -196,11 +201,11 @@ class DraftTrainer(Trainer):
             self._bad.report(fault)
 
     def _stop(self, what: str, step: int) -> None:
+        raise FloatingPointError(f"{what} at step {step}; {self._last_good()}; try a lower --learning-rate")
+
+    def _last_good(self) -> str:
         checkpoint = last_good_checkpoint(Path(self.args.output_dir))
-        raise FloatingPointError(
-            f"{what} at step {step}; the last good checkpoint is "
-            f"{checkpoint or 'none, for none was saved yet'}; try a lower --learning-rate"
-        )
+        return f"the last good checkpoint is {checkpoint or 'none, for none was saved yet'}"
 
 
 def _held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
