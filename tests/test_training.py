@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -946,6 +947,25 @@ def test_a_compact_draft_is_not_trained_further(folder, tmp_path):
     shrink(Shrinking("miniature", tmp_path / "compact", weights="int8"))
     with pytest.raises(ValueError, match="is not trained further: train its original, then shrink it"):
         train_draft(asked(folder, tmp_path / "draft", draft=str(tmp_path / "compact"), size=None))
+
+
+@needs_weights
+def test_a_folder_of_other_things_is_never_replaced(folder, tmp_path):
+    out = tmp_path / "models"
+    out.mkdir()
+    (out / "thesis.txt").touch()
+    task = asked(folder, out, steps=1)
+    for work in (partial(train_draft, task), partial(shrink, Shrinking("miniature", out, weights="int8"))):
+        with pytest.raises(ValueError, match=r"--out .*models has files, which would be lost"):
+            work()
+        with pytest.raises(ValueError, match=r"--out must be a folder, .*thesis\.txt is a file"):
+            partial(work.func, replace(work.args[0], out=out / "thesis.txt"))()
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+    (out / "thesis.txt").unlink()
+    train_draft(task)
+    train_draft(replace(task, resume=True, steps=2))
+    shrink(Shrinking("miniature", tmp_path / "compact", weights="int8"))
+    shrink(Shrinking("miniature", tmp_path / "compact", weights="int8"))
 
 
 @needs_weights

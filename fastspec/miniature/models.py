@@ -133,6 +133,16 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def check_replaceable(folder: Path, mark: str) -> None:
+    """Raise ValueError for what `replace_folder` must not replace: anything but an empty folder or one with that file."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out must be a folder, {folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise ValueError(
+            f"--out {folder} has files, which would be lost, and no {mark} of an earlier run: choose another folder"
+        )
+
+
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a new folder, then put it in the place of `folder` in one move."""
     fresh = folder.with_name(f".{folder.name}.new.{os.getpid()}")

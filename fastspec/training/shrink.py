@@ -16,9 +16,11 @@ from transformers import LlamaForCausalLM
 from fastspec.command import load_draft
 from fastspec.draft.compact import CompactLlamaForCausalLM
 from fastspec.lines import BadLines, DataError, read_lines
-from fastspec.miniature.models import replace_folder
+from fastspec.miniature.models import check_replaceable, replace_folder
 from fastspec.training.chats import parse_chat
 
+#: Of a compact draft's folder: how it was made.
+FACTS = "shrinking.json"
 WEIGHTS = {"int8": 8, "full": 16}
 
 
@@ -57,6 +59,7 @@ def shrink(asked: Shrinking) -> dict[str, Any]:
         raise ValueError(
             "--vocabulary and --answers belong together: the answers' most frequent tokens are kept"
         )
+    check_replaceable(asked.out, FACTS)
     bad = BadLines(asked.skip_bad_lines)
     draft, tokenizer = _load(asked)
     size = draft.config.vocab_size
@@ -82,7 +85,7 @@ def shrink(asked: Shrinking) -> dict[str, Any]:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         facts = {"arguments": asdict(asked), "result": result}
-        (folder / "shrinking.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
+        (folder / FACTS).write_text(json.dumps(facts, indent=1, default=str) + "\n")
 
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     replace_folder(asked.out, fill)

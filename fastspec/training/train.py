@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from fastspec.lines import BadLines
-from fastspec.miniature.models import count_parameters, replace_folder
+from fastspec.miniature.models import check_replaceable, count_parameters, replace_folder
 from fastspec.model.vision import text_stack
 from fastspec.training.batches import Collator
 from fastspec.training.checkpoints import last_good_checkpoint, remove_torn_checkpoints
@@ -29,6 +29,8 @@ from fastspec.training.trainer import DraftTrainer
 
 #: Of a run folder: what its checkpoints can only be resumed with.
 ARGUMENTS = "arguments.json"
+#: Of a trained draft's folder: how it was made.
+FACTS = "training.json"
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ def _final_metrics(trainer: DraftTrainer) -> dict[str, float]:
 
 
 def _resume_point(asked: Training) -> Path | None:
+    check_replaceable(asked.out, FACTS)
     checkpoint = last_good_checkpoint(asked.run_folder)
     if asked.resume and checkpoint is None:
         raise ValueError(f"nothing to resume: no complete checkpoint in {asked.run_folder}")
@@ -293,7 +296,7 @@ def _save(asked: Training, draft: Any, companion: Any, result: dict[str, Any]) -
         draft.save_pretrained(folder)
         companion.save_pretrained(folder)
         facts = {"arguments": asdict(asked), "result": result}
-        (folder / "training.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
+        (folder / FACTS).write_text(json.dumps(facts, indent=1, default=str) + "\n")
 
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     replace_folder(asked.out, fill)
