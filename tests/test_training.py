@@ -209,6 +209,21 @@ def test_questions_of_chats_and_damaged_images(folder, tmp_path):
     assert json.loads((tmp_path / "out.jsonl").read_text())["id"] == "0.png#1@0"
 
 
+@needs_weights
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_questions_beyond_the_targets_reach(folder, tmp_path, batch_size):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What?\n" + "Why? " * 1000 + "\nWhere?\n")
+    asked = Distillation("miniature", folder / "images", prompts, tmp_path / "out.jsonl", max_new_tokens=2,
+                         batch_size=batch_size)  # fmt: skip
+    with pytest.raises(DataError, match=r"prompts\.txt, line 2: the prompt has \d+ tokens, which with 2 new ones"):
+        distill(asked)
+    counts = distill(replace(asked, skip_bad_lines=True))
+    assert (counts["answers"], counts["skipped"]) == (8, 1)
+    ids = [json.loads(line)["id"] for line in asked.out.read_text().splitlines()]
+    assert ids == [f"{index}.png#{line}@0" for index in range(4) for line in (1, 3)]
+
+
 # Losses
 
 

@@ -137,8 +137,9 @@ def _answer_all(
                 for question in batch
                 if (pictures := _open(asked, question, bad)) is not None
             ]
-            if readable:
-                records = _answer(asked, processor, target, draft, draft_tokenizer, readable, tally)
+            inputs, fitting = _inputs(asked, processor, target, readable, bad)
+            if fitting:
+                records = _answer(asked, processor, target, draft, draft_tokenizer, fitting, inputs, tally)
                 answers.append(records)
                 tally["answers"] += len(records)
                 tally["new"] += len(records)
@@ -154,30 +155,57 @@ def _open(asked: Distillation, question: Question, bad: BadLines) -> list[Any] |
         return None
 
 
-def _answer(
+def _inputs(
     asked: Distillation,
     processor: Any,
     target: nn.Module,
-    draft: Any,
-    draft_tokenizer: Any,
     batch: list[tuple[Question, list[Any]]],
-    tally: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """Answers questions of one temperature together."""
-    temperature = batch[0][0].temperature
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    bad: BadLines,
+) -> tuple[Any, list[Question]]:
+    """The processor's tensors of the questions that are within the target's reach, and those questions."""
+    if not batch:
+        return None, []
     inputs = processor(
         images=[picture for _, pictures in batch for picture in pictures] or None,
         text=[prompt_text(processor, question.chat.messages) for question, _ in batch],
         padding=True,
         padding_side="left",
         return_tensors="pt",
-    ).to(asked.device)
+    )
+    limit = target.config.get_text_config().max_position_embeddings
+    fitting = []
+    for one, length in zip(batch, inputs["attention_mask"].sum(1).tolist(), strict=True):
+        if length + asked.max_new_tokens <= limit:
+            fitting.append(one)
+            continue
+        reason = (
+            f"the prompt has {length} tokens, which with {asked.max_new_tokens} new ones are more than the "
+            f"target's max_position_embeddings of {limit}"
+        )
+        bad.report(DataError(asked.prompts, one[0].line, reason))
+    if len(fitting) < len(batch):
+        return _inputs(asked, processor, target, fitting, bad)
+    return inputs.to(asked.device), [question for question, _ in batch]
+
+
+def _answer(
+    asked: Distillation,
+    processor: Any,
+    target: nn.Module,
+    draft: Any,
+    draft_tokenizer: Any,
+    batch: list[Question],
+    inputs: Any,
+    tally: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Answers questions of one temperature together."""
+    temperature = batch[0].temperature
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     output = generation.generate(
         target,
         draft=draft,
         gamma=asked.gamma,
-        seed=[question.seed(asked.seed) for question, _ in batch],
+        seed=[question.seed(asked.seed) for question in batch],
         tokenizer=processor.tokenizer,
         draft_tokenizer=draft_tokenizer,
         **inputs,
@@ -189,7 +217,7 @@ def _answer(
     tally["target_passes"] += record.target_passes + len(batch)
     ends = torch.as_tensor(target.generation_config.eos_token_id or []).flatten().tolist()
     records = []
-    for (question, _), row, reason in zip(batch, output.sequences, record.finish_reasons, strict=True):
+    for question, row, reason in zip(batch, output.sequences, record.finish_reasons, strict=True):
         if reason == FinishReason.INVALID_LOGITS:
             raise ValueError(f"the target's logits were NaN or infinite at {question.id}")
         tokens = row[inputs["input_ids"].shape[1] :].tolist()
