@@ -134,7 +134,7 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 
 def check_replaceable(folder: Path, mark: str) -> None:
-    """Raise ValueError for what `replace_folder` must not replace: anything but an empty folder or one with that file."""
+    """Raise ValueError for what `replace_folder` must not replace: all but an empty folder or one with that file."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out must be a folder, {folder} is a file")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
