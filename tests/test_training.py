@@ -514,6 +514,15 @@ def test_lines_that_turn_out_bad_are_counted_wherever_they_are_read(folder, tmp_
     assert "line 9: the token ids spell" in result["note"]
 
 
+@needs_weights
+def test_held_out_lines_that_all_turn_out_bad(folder, tmp_path):
+    task = asked(folder, tmp_path / "draft", max_length=8, steps=1, skip_bad_lines=True)
+    result = train_draft(task)
+    assert (result["held_out_loss"], result["expected_acceptance"]) == (None, None)
+    assert course(task.out, "expected_acceptance") == []
+    assert "NaN" not in (task.out / "training.json").read_text()
+
+
 # Training
 
 

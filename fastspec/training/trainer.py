@@ -209,6 +209,8 @@ class DraftTrainer(Trainer):
 
 
 def _held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Means over all held-out tokens."""
+    """Means over all held-out tokens; nothing where every held-out line turned out bad."""
     sums, counts = prediction.predictions.sum(0), prediction.label_ids.sum()
+    if not counts:
+        return {}
     return {"loss": float(sums[0] / counts), "expected_acceptance": float(sums[1] / counts)}
