@@ -54,11 +54,6 @@ class History(TrainerCallback):
         # Trainer's last words, on run time, are of no step.
         if not state.is_world_process_zero or not values.keys() & {"loss", "eval_loss"}:
             return
-        # The last evaluation comes after the last checkpoint: a run resumed from there does it again.
-        if "eval_loss" in values and any(
-            row["step"] == str(state.global_step) and row["held_out_loss"] for row in self.rows()
-        ):
-            return
         with self._path.open("a", newline="") as file:
             csv.writer(file).writerow([_show(values.get(name)) for name in COLUMNS.values()])
 
