@@ -216,7 +216,9 @@ def test_questions_beyond_the_targets_reach(folder, tmp_path, batch_size):
     prompts.write_text("What?\n" + "Why? " * 1000 + "\nWhere?\n")
     asked = Distillation("miniature", folder / "images", prompts, tmp_path / "out.jsonl", max_new_tokens=2,
                          batch_size=batch_size)  # fmt: skip
-    with pytest.raises(DataError, match=r"prompts\.txt, line 2: the prompt has \d+ tokens, which with 2 new ones"):
+    with pytest.raises(
+        DataError, match=r"prompts\.txt, line 2: the prompt has \d+ tokens, which with 2 new ones"
+    ):
         distill(asked)
     counts = distill(replace(asked, skip_bad_lines=True))
     assert (counts["answers"], counts["skipped"]) == (8, 1)
