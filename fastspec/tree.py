@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from numbers import Integral
 
 import torch
 
@@ -66,9 +67,9 @@ class DraftTree:
         Raises:
             ValueError: if gamma is negative or over 127.
         """
-        if isinstance(gamma, bool) or not isinstance(gamma, int) or not 0 <= gamma < MAX_NODES:
+        if isinstance(gamma, bool) or not isinstance(gamma, Integral) or not 0 <= gamma < MAX_NODES:
             raise ValueError(f"gamma must be an integer from 0 to {MAX_NODES - 1}, got {gamma!r}")
-        return cls(tuple(range(-1, gamma)))
+        return cls(tuple(range(-1, int(gamma))))
 
     @classmethod
     def kary(cls, branching: Sequence[int]) -> DraftTree:

@@ -211,9 +211,10 @@ def test_pixel_values_of_the_wrong_shape(pixels, error, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gamma": 0}, "gamma must be an integer of at least 1, got 0"),
-        ({"gamma": -3}, "gamma must be an integer of at least 1, got -3"),
-        ({"gamma": 2.5}, "gamma must be an integer of at least 1, got 2.5"),
+        ({"gamma": 0}, "gamma must be an integer from 1 to 127, got 0"),
+        ({"gamma": 300}, "gamma must be an integer from 1 to 127, got 300"),
+        ({"gamma": -3}, "gamma must be an integer from 1 to 127, got -3"),
+        ({"gamma": 2.5}, "gamma must be an integer from 1 to 127, got 2.5"),
         ({"gamma": 2, "tree": DraftTree.chain(2)}, "pass gamma or tree, not both"),
         ({"tree": DraftTree.chain(0)}, "at least one node besides its root"),
         ({"rule": "lossy"}, "unknown rule 'lossy'; expected one of 'token_level', 'block'"),

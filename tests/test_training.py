@@ -518,11 +518,27 @@ def test_lines_that_turn_out_bad_are_counted_wherever_they_are_read(folder, tmp_
 
 @needs_weights
 def test_held_out_lines_that_all_turn_out_bad(folder, tmp_path):
-    task = asked(folder, tmp_path / "draft", max_length=8, steps=1, skip_bad_lines=True)
+    lines = (folder / "answers.jsonl").read_text().splitlines()[:10]
+    (bad,) = training_module._split(lines, 1, seed=0)[1].indices
+    lines[bad] = lines[bad].replace('"token_ids": [', '"token_ids": [7, 7, ')
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    task = asked(folder, tmp_path / "draft", data=(path,), held_out=1, steps=1, skip_bad_lines=True)
     result = train_draft(task)
+    assert result["skipped"] == 1
     assert (result["held_out_loss"], result["expected_acceptance"]) == (None, None)
     assert course(task.out, "expected_acceptance") == []
     assert "NaN" not in (task.out / "training.json").read_text()
+
+
+@needs_weights
+def test_a_draft_that_learned_from_nothing_is_not_saved(folder, tmp_path):
+    task = asked(folder, tmp_path / "draft", max_length=8, steps=1, skip_bad_lines=True)
+    with pytest.raises(
+        ValueError, match=r"no line of the data could be learned from; skipped bad lines: \d+ of"
+    ):
+        train_draft(task)
+    assert not task.out.exists()
 
 
 # Training

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -67,3 +68,7 @@ def test_root_alone_is_a_tree():
 def test_malformed_trees_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_any_integer_is_a_length():
+    assert DraftTree.chain(np.int64(3)) == DraftTree.chain(3)

@@ -167,6 +167,8 @@ def train_draft(asked: Training, callbacks: Sequence[TrainerCallback] = ()) -> d
     metrics = _final_metrics(trainer)
     for messages in gather_object([bad.messages]):
         bad.messages |= messages
+    if checkpoint is None and trainer.state.global_step > 0 and not any(gather_object([trainer.num_answers])):
+        raise ValueError(f"no line of the data could be learned from; {bad.summary()}")
     result = {
         "out": str(asked.out),
         "parameters": count_parameters(pair.draft),

@@ -60,6 +60,8 @@ class DraftTrainer(Trainer):
         super().__init__(compute_metrics=_held_out_metrics, **arguments)
         self._loss, self._loss_needs_target, self._target = loss, loss_needs_target, target
         self._meter, self._bad = meter, bad
+        #: Tokens that were learned from by this process.
+        self.num_answers = 0
         self.add_callback(meter)
         self.add_callback(_EndAtOnce)
         # Makes Trainer count the tokens of all accumulated batches and processes, by which the loss is divided.
@@ -81,6 +83,7 @@ class DraftTrainer(Trainer):
         if self._loss_needs_target:
             target_logits = self._target_logits(self._target_hidden(inputs["target"]))
         answers = inputs["answers"]
+        self.num_answers += len(answers)
         total = self._loss(draft_logits, target_logits, answers).sum()
         if num_items_in_batch is None:
             num_items_in_batch = len(answers)
