@@ -138,7 +138,7 @@ def test_auto_learns_from_earlier_calls():
     assert lengths(good)[0] == 5  # each pair by itself
     with pytest.raises(ValueError, match="gamma or tree, not both"):
         fastspec.generate(target, draft=poor, gamma="auto", tree=DraftTree.chain(2), **picture_inputs())
-    with pytest.raises(ValueError, match="gamma must be an integer of at least 1, got 'long'"):
+    with pytest.raises(ValueError, match="gamma must be an integer from 1 to 127, got 'long'"):
         fastspec.generate(target, draft=poor, gamma="long", **picture_inputs())
 
 
