@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 
 import torch
@@ -181,7 +181,7 @@ class SpeculativeDecoder:
                 prompt.input_ids,
                 prompt.num_tokens + request.max_new_tokens,
                 request.params,
-                request.draft_params or request.params,
+                self._draft_params(request),
                 request.seed,
                 request.eos_token_ids,
                 request.padding_ids,
@@ -191,6 +191,14 @@ class SpeculativeDecoder:
             if self.draft is not None:
                 self.draft.prefill(row, prompt)
         self._accept(first_logits, DraftTree.chain(0), first=True)
+
+    def _draft_params(self, request: Request) -> SamplingParams:
+        """How the draft of a sequence samples: as a law that the rule can weigh, wherever it weighs one."""
+        chosen = request.draft_params or request.params
+        if self.rule.needs_draft_law and chosen.temperature == 0 < request.params.temperature:
+            # A greedy draft's second choices are no draws from q: the ratio rules are exact without them only.
+            return replace(chosen, temperature=1.0, top_k=1)
+        return chosen
 
     @property
     def capturable(self) -> bool:

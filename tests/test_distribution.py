@@ -132,7 +132,7 @@ def periodic(table, length):
     return table[:TOKENS].repeat(-(-length // TOKENS), 1, 1)[:length].contiguous()
 
 
-def streamed_law(target, draft, tree, rule, params, trials, length, launch="ahead"):
+def streamed_law(target, draft, tree, rule, params, trials, length, launch="ahead", draft_params=None):
     """Counts of three successive tokens, from answers that begin anew every three tokens.
 
     The law of every third token does not look at the token before it, so each answer of ``length - 1`` tokens is a
@@ -151,7 +151,7 @@ def streamed_law(target, draft, tree, rule, params, trials, length, launch="ahea
     counts = torch.zeros(vocab_size**TOKENS, dtype=torch.int64)
     seed = 0
     while counts.sum() < trials:
-        requests = [Request(prompt, new, params, seed=seed + row) for row in range(BATCH_SIZE)]
+        requests = [Request(prompt, new, params, draft_params, seed + row) for row in range(BATCH_SIZE)]
         tokens = torch.tensor(texts(decoder, requests)).view(-1, TOKENS)
         counts += torch.bincount((tokens * weights).sum(1), minlength=len(counts))
         seed += BATCH_SIZE
@@ -161,8 +161,8 @@ def streamed_law(target, draft, tree, rule, params, trials, length, launch="ahea
     return counts.view([vocab_size] * TOKENS)
 
 
-def check_stream(target, draft, tree, rule, params, trials, length, launch="ahead"):
-    counts = streamed_law(target, draft, tree, rule, params, trials, length, launch)
+def check_stream(target, draft, tree, rule, params, trials, length, launch="ahead", draft_params=None):
+    counts = streamed_law(target, draft, tree, rule, params, trials, length, launch, draft_params)
     statistic, freedom = chi_squared(counts, joint_law(target, params))
     assert statistic < freedom + 10 * (2 * freedom) ** 0.5, (statistic, freedom)
 
@@ -171,6 +171,17 @@ def check_stream(target, draft, tree, rule, params, trials, length, launch="ahea
 def test_the_stream_samples_the_target(rule, tree):
     target, draft = tables(4, "unrelated")
     check_stream(target, draft, tree, rule, SamplingParams(), 2_400, length=301)
+
+
+@pytest.mark.parametrize(
+    ("rule", "tree"), [(Rule.BLOCK, CHAIN), (Rule.RECURSIVE_REJECTION, TREE), (Rule.TRAVERSAL, TREE)]
+)
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_a_draft_that_samples_another_way_leaves_the_law_alone(rule, tree, temperature):
+    """Not even a greedy one does harm, whose siblings are no draws from a law."""
+    target, draft = tables(4, "close")
+    params, draft_params = SamplingParams(), SamplingParams(temperature=temperature)
+    check_stream(target, draft, tree, rule, params, 2_400, length=301, draft_params=draft_params)
 
 
 @pytest.mark.gpu

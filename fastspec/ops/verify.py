@@ -227,7 +227,8 @@ def verify(
         positions: ``[B]`` int64, the position of the root's successor.
         rule: the acceptance rule.
         draft_logits: ``[B, N_inner, V]`` float32 with softmax q, as :func:`fastspec.ops.propose` writes them;
-            None where the rule does not weigh q.
+            None where the rule does not weigh q. Above temperature 0, tokens must be drawn from it: the later
+            siblings of a greedy draft, to which q gives nothing, are accepted as if they were certain.
         backend: which implementation; see :func:`fastspec.ops.backends.choose`.
 
     Returns:
