@@ -60,11 +60,13 @@ class CMakeBuild(build_ext):
         else:
             try:
                 record = {"built": True, "architectures": self.build_cuda(nvcc)}
-            except (subprocess.CalledProcessError, OSError) as error:
+            except (subprocess.CalledProcessError, OSError, ImportError) as error:
                 record["reason"] = f"the build failed when fastspec was installed: {error}"
                 if wanted == "1":
                     raise SystemExit(f"fastspec: FASTSPEC_CUDA=1 but {record['reason']}") from error
         if not record["built"]:
+            # What an earlier build left there would be installed, or imported, all the same.
+            Path(self.get_ext_fullpath("fastspec._C")).unlink(missing_ok=True)
             print(f"fastspec: installing without the CUDA kernels: {record['reason']}", file=sys.stderr)
         target = (ROOT if self.inplace else Path(self.build_lib)) / RECORD
         target.parent.mkdir(parents=True, exist_ok=True)

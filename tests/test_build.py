@@ -81,6 +81,40 @@ def test_a_failing_build_is_recorded(module, build, monkeypatch):
         build()
 
 
+def test_a_missing_build_tool_is_a_failing_build(module, build, monkeypatch):
+    monkeypatch.setattr(module, "find_nvcc", lambda: "/cuda/bin/nvcc")
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    record, outputs = build()
+    assert not record["built"]
+    assert re.match(r"the build failed when fastspec was installed: .*pybind11", record["reason"])
+    monkeypatch.setenv("FASTSPEC_CUDA", "1")
+    with pytest.raises(SystemExit, match="FASTSPEC_CUDA=1 but the build failed.*pybind11"):
+        build()
+
+
+@pytest.mark.parametrize("wanted", ["0", "auto"])
+def test_what_an_earlier_build_made_does_not_stay(module, build, monkeypatch, tmp_path, wanted):
+    """A wheel takes along all that lies in the build folder, and an editable installation imports it."""
+
+    def build_cuda(self, nvcc):
+        path = Path(self.get_ext_fullpath("fastspec._C"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return ["90a"]
+
+    monkeypatch.setattr(module, "find_nvcc", lambda: "/cuda/bin/nvcc")
+    monkeypatch.setattr(module.CMakeBuild, "build_cuda", build_cuda)
+    record, outputs = build()
+    assert record["built"]
+    assert len(outputs) == 2
+    monkeypatch.setenv("FASTSPEC_CUDA", wanted)
+    monkeypatch.setattr(module.CMakeBuild, "build_cuda", failing)
+    record, outputs = build()
+    assert not record["built"]
+    assert outputs == ["build.json"]
+    assert [path.name for path in (tmp_path / "lib" / "fastspec").iterdir()] == ["build.json"]
+
+
 def test_it_can_be_left_out_where_nvcc_is(module, build, monkeypatch):
     monkeypatch.setattr(module, "find_nvcc", lambda: "/cuda/bin/nvcc")
     monkeypatch.setattr(module.CMakeBuild, "build_cuda", failing)
