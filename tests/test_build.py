@@ -84,11 +84,11 @@ def test_a_failing_build_is_recorded(module, build, monkeypatch):
 def test_a_missing_build_tool_is_a_failing_build(module, build, monkeypatch):
     monkeypatch.setattr(module, "find_nvcc", lambda: "/cuda/bin/nvcc")
     monkeypatch.setitem(sys.modules, "pybind11", None)
-    record, outputs = build()
+    record, _ = build()
     assert not record["built"]
     assert re.match(r"the build failed when fastspec was installed: .*pybind11", record["reason"])
     monkeypatch.setenv("FASTSPEC_CUDA", "1")
-    with pytest.raises(SystemExit, match="FASTSPEC_CUDA=1 but the build failed.*pybind11"):
+    with pytest.raises(SystemExit, match=r"FASTSPEC_CUDA=1 but the build failed.*pybind11"):
         build()
 
 

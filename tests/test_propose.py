@@ -125,3 +125,9 @@ def test_tensors_that_do_not_fit_are_refused():
         propose(torch.zeros(1, 2, 8), 2, tree, tokens, weights, sampling, positions, Rule.TRAVERSAL)
     with pytest.raises(ValueError, match=r"logits must be \[B=1, R=2, V_draft\] .*, got \[1, 3, 8\] float32"):
         propose(torch.zeros(1, 3, 8), 1, tree, tokens, weights, sampling, positions, Rule.TRAVERSAL)
+    # The kernels know where these begin, and nothing of their strides and ends.
+    arguments = torch.zeros(2, 2, 8), 1, tree, torch.zeros(2, 7, dtype=torch.int64), torch.zeros(2, 3, 8)
+    with pytest.raises(ValueError, match=r"positions must be contiguous, got strides \(0,\)"):
+        propose(*arguments, SamplingTensors(2, 8, "cpu"), positions.expand(2), Rule.TRAVERSAL)
+    with pytest.raises(ValueError, match=r"sampling.temperature must be \[B=2\] .*, got \[1\] float64"):
+        propose(*arguments, sampling, positions.repeat(2), Rule.TRAVERSAL)

@@ -7,7 +7,7 @@ import torch
 from kernel_cases import LARGE_VOCABULARIES, VOCABULARIES, random_case
 
 from fastspec import DraftTree
-from fastspec.ops import Verifier, verify
+from fastspec.ops import Proposer, Verifier, verify
 from fastspec.ops.backends import backends, choose
 from fastspec.sampling import SamplingParams, SamplingTensors
 from fastspec.verification import Rule
@@ -347,12 +347,13 @@ def test_tensors_that_do_not_fit_are_refused():
         arguments = {
             "target_logits": logits,
             "tokens": tokens,
+            "sampling": sampling,
             "positions": positions,
             "draft_logits": q,
             **changes,
         }
         with pytest.raises(error, match=message):
-            verifier(sampling=sampling, **arguments)
+            verifier(**arguments)
 
     refused(
         r"target_logits must be \[B=2, N=3, V=8\] .* on cpu, got \[2, 4, 8\] float32",
@@ -360,10 +361,32 @@ def test_tensors_that_do_not_fit_are_refused():
     )
     refused(r"tokens must be \[B=2, N=3\] int64 on cpu, got \[2, 3\] int32", tokens=tokens.int())
     refused(r"positions must be \[B=2\] int64 on cpu, got \[1\] int64", positions=positions[:1])
+    # The kernels know where these begin, and nothing of their strides and ends.
+    refused(r"positions must be contiguous, got strides \(2,\)", positions=torch.arange(4)[::2])
+    refused(r"positions must be contiguous, got strides \(0,\)", positions=positions[:1].expand(2))
+    refused(
+        r"sampling.temperature must be \[B=2\] float64 on cpu, got \[1\]",
+        sampling=SamplingTensors(1, 8, "cpu"),
+    )
+    refused(
+        r"sampling.seen must be \[B=2, V=8\] bool on cpu, got \[2, 7\]", sampling=SamplingTensors(2, 7, "cpu")
+    )
+    refused(
+        r"sampling.temperature must be .* on cpu, got \[2\] float64 on meta",
+        sampling=SamplingTensors(2, 8, "meta"),
+    )
     refused("rule 'block' needs draft_logits, got None", draft_logits=None)
     refused(r"draft_logits must be \[B=2, N_inner=2, V=8\] float32", draft_logits=q.to(torch.bfloat16))
     refused("target_logits must have contiguous rows", target_logits=torch.zeros(3, 2, 8).transpose(0, 1))
     refused("target_logits must be a tensor, got list", TypeError, target_logits=[1])
+
+
+@pytest.mark.parametrize("operation", [Verifier, Proposer])
+def test_nothing_to_decide_is_refused(operation):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        operation(DraftTree.chain(2), 0, 8, Rule.BLOCK, "cpu")
+    with pytest.raises(ValueError, match="vocab_size must be at least 1, got 0"):
+        operation(DraftTree.chain(2), 1, 0, Rule.BLOCK, "cpu")
 
 
 def test_choice_of_backend(monkeypatch):

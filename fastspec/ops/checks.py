@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
+from fastspec.sampling import SamplingTensors
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,6 +49,24 @@ def check_tensor(
         came = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
         raise ValueError(f"{name} must be [{wanted}] {kinds} on {device}, got {came}")
     sizes.update(bound)
+
+
+def check_sizes(batch_size: int, vocab_size: int) -> None:
+    """Raises ValueError for an empty batch or vocabulary, which no kernel can be launched for."""
+    for name, size in (("batch_size", batch_size), ("vocab_size", vocab_size)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_sequences(
+    positions: torch.Tensor, sampling: SamplingTensors, sizes: dict[str, int], device: torch.device
+) -> None:
+    """Raises ValueError unless positions ``[B]`` and sampling parameters are of B sequences and V tokens."""
+    check_tensor("positions", positions, "B", sizes, (torch.int64,), device)
+    if not positions.is_contiguous():
+        raise ValueError(f"positions must be contiguous, got strides {positions.stride()}")
+    check_tensor("sampling.temperature", sampling.temperature, "B", sizes, (torch.float64,), device)
+    check_tensor("sampling.seen", sampling.seen, "B V", sizes, (torch.bool,), device)
 
 
 def check_rows(name: str, tensor: torch.Tensor) -> None:

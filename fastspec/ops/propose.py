@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastspec.ops.backends import choose, current, extension
-from fastspec.ops.checks import FLOATING, check_rows, check_tensor
+from fastspec.ops.checks import FLOATING, check_rows, check_sequences, check_sizes, check_tensor
 from fastspec.ops.verify import (
     LOGIT_TYPES,
     MAX_VOCAB_SIZE,
@@ -35,7 +35,7 @@ class Proposer:
         backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
 
     Raises:
-        ValueError: for a backend that cannot run here.
+        ValueError: for sizes below 1, and for a backend that cannot run here.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Proposer:
         backend: str = "auto",
     ):
         rule.check(tree)
+        check_sizes(batch_size, vocab_size)
         self.tree, self.rule = tree, rule
         self.batch_size, self.vocab_size = batch_size, vocab_size
         self.device = torch.empty(0, device=device).device  # with its index
@@ -66,7 +67,7 @@ class Proposer:
         positions: torch.Tensor,
     ) -> None:
         """See :func:`propose`."""
-        self._check(logits, level, tokens, draft_logits, positions)
+        self._check(logits, level, tokens, draft_logits, sampling, positions)
         if self.backend == "reference":
             reference(logits, level, self.tree, tokens, draft_logits, sampling, positions, self.rule)
             return
@@ -74,7 +75,7 @@ class Proposer:
         with current(self.device):
             launch(logits, level, tokens, draft_logits, sampling, positions)
 
-    def _check(self, logits, level, tokens, draft_logits, positions) -> None:
+    def _check(self, logits, level, tokens, draft_logits, sampling, positions) -> None:
         tree = self.tree
         if not 0 <= level < tree.max_depth:
             raise ValueError(f"level must be 0 to {tree.max_depth - 1}, got {level}")
@@ -89,7 +90,7 @@ class Proposer:
         check_tensor("logits", logits, "B R V_draft", sizes, (*FLOATING, *exact), self.device)
         check_tensor("tokens", tokens, "B N", sizes, (torch.int64,), self.device)
         check_tensor("draft_logits", draft_logits, "B N_inner V", sizes, (torch.float32, *exact), self.device)
-        check_tensor("positions", positions, "B", sizes, (torch.int64,), self.device)
+        check_sequences(positions, sampling, sizes, self.device)
         check_rows("logits", logits)
         if not draft_logits.is_contiguous():
             raise ValueError(f"draft_logits must be contiguous, got strides {draft_logits.stride()}")

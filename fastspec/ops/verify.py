@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastspec.ops.backends import choose, current, extension
-from fastspec.ops.checks import FLOATING, check_rows, check_tensor
+from fastspec.ops.checks import FLOATING, check_rows, check_sequences, check_sizes, check_tensor
 from fastspec.philox import Stream, accept_uniforms, exponentials, race
 from fastspec.sampling import SamplingTensors, valid_rows
 from fastspec.tree import ROWS_AT_ONCE, DraftTree
@@ -64,7 +64,7 @@ class Verifier:
         backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
 
     Raises:
-        ValueError: for a backend that cannot run here or does not know the case.
+        ValueError: for sizes below 1, and for a backend that cannot run here or does not know the case.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Verifier:
         backend: str = "auto",
     ):
         rule.check(tree)
+        check_sizes(batch_size, vocab_size)
         self.tree, self.rule = tree, rule
         self.batch_size, self.vocab_size = batch_size, vocab_size
         self.device = torch.empty(0, device=device).device  # with its index
@@ -119,7 +120,7 @@ class Verifier:
         draft_logits: torch.Tensor | None = None,
     ) -> Verdict:
         """See :func:`verify`."""
-        self._check(target_logits, tokens, positions, draft_logits)
+        self._check(target_logits, tokens, sampling, positions, draft_logits)
         if not self.rule.needs_draft_law or self.tree.num_nodes == 1:
             draft_logits = None
         if self.backend == "reference":
@@ -129,13 +130,13 @@ class Verifier:
             launch(target_logits, tokens, sampling, positions, draft_logits)
         return self._verdict
 
-    def _check(self, target_logits, tokens, positions, draft_logits) -> None:
+    def _check(self, target_logits, tokens, sampling, positions, draft_logits) -> None:
         tree = self.tree
         sizes = {"B": self.batch_size, "N": tree.num_nodes, "V": self.vocab_size, "N_inner": len(tree.inner)}
         exact = (torch.float64,) if self.backend == "reference" else ()
         check_tensor("target_logits", target_logits, "B N V", sizes, (*FLOATING, *exact), self.device)
         check_tensor("tokens", tokens, "B N", sizes, (torch.int64,), self.device)
-        check_tensor("positions", positions, "B", sizes, (torch.int64,), self.device)
+        check_sequences(positions, sampling, sizes, self.device)
         check_rows("target_logits", target_logits)
         if self.rule.needs_draft_law and tree.num_nodes > 1:
             if draft_logits is None:
