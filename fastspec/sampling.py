@@ -38,16 +38,33 @@ class SamplingParams:
 
     def __post_init__(self):
         ranges = {
-            "temperature": (0 <= self.temperature < float("inf"), "a finite number of at least 0"),
-            "top_k": (self.top_k >= 0 and self.top_k == int(self.top_k), "an integer of at least 0"),
+            "temperature": (
+                self.temperature == 0 or _is_single(self.temperature),
+                "a finite number of at least 0 in single precision",
+            ),
+            "top_k": (_is_count(self.top_k), "an integer of at least 0"),
             "top_p": (0 <= self.top_p <= 1, "in [0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "a positive number"),
-            "min_tokens": (self.min_tokens >= 0, "at least 0"),
+            "repetition_penalty": (
+                _is_single(self.repetition_penalty),
+                "a positive number in single precision",
+            ),
+            "min_tokens": (_is_count(self.min_tokens), "an integer of at least 0"),
         }
         for name, (valid, expected) in ranges.items():
             if not valid:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+
+def _is_single(value: float) -> bool:
+    """Whether the kernels, which round it to single precision, see a positive finite number."""
+    limits = torch.finfo(torch.float32)
+    return limits.tiny <= value <= limits.max
+
+
+def _is_count(value: float) -> bool:
+    """Whether an int64 holds it unchanged, and it is not negative."""
+    return 0 <= value < 2**63 and value == int(value)
 
 
 class SamplingTensors:
@@ -197,24 +214,26 @@ class SamplingTensors:
         weights = log_weights.exp()
         kept = weights >= 2.0**-126
         if self.cuts:
-            kept &= self._uncut(weights)
+            kept &= self._uncut(log_weights)
         warped = torch.where(kept, log_weights, float("-inf"))
         return torch.where(temperature > 0, warped, greedy)
 
-    def _uncut(self, weights: torch.Tensor) -> torch.Tensor:
-        """Tokens that top-k, top-p and min-p leave; ``[B, R, V]`` weights relative to the largest to bool."""
-        vocab_size = weights.shape[-1]
-        weights, order = weights.sort(-1, descending=True)
+    def _uncut(self, log_weights: torch.Tensor) -> torch.Tensor:
+        """Tokens that top-k, top-p and min-p leave; ``[B, R, V]`` log-weights relative to the largest to bool."""
+        vocab_size = log_weights.shape[-1]
+        log_weights, order = log_weights.sort(
+            -1, descending=True
+        )  # weights of a high temperature all round to 1
         top_k = self.top_k[:, None, None]
         last = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size) - 1
-        kth = weights.gather(-1, last.expand(*weights.shape[:-1], 1))
-        weights = torch.where(weights >= kth, weights, 0.0)
+        kth = log_weights.gather(-1, last.expand(*log_weights.shape[:-1], 1))
+        weights = torch.where(log_weights >= kth, log_weights.exp(), 0.0)
 
         # A token stays while the mass of strictly heavier ones is below top_p: equal weights share a fate.
         cumulative = weights.cumsum(-1)
         before = torch.nn.functional.pad(cumulative[..., :-1], (1, 0))
         starts_group = torch.ones_like(weights, dtype=torch.bool)
-        starts_group[..., 1:] = weights[..., 1:] != weights[..., :-1]
+        starts_group[..., 1:] = log_weights[..., 1:] != log_weights[..., :-1]
         heavier = torch.where(starts_group, before, 0.0).cummax(-1).values
         top_p = self.top_p[:, None, None]
         # Rounding can make the sum of all lighter tokens vanish: top_p = 1 must not depend on it.

@@ -82,6 +82,18 @@ def test_ties_are_kept_or_cut_together():
     assert kept.tolist() == [True, False, False, False, False]
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1.0, 1e20, 1e30])
+def test_no_temperature_makes_ties(temperature):
+    """Divided by a large one, logits lie closer together than weights near 1 can tell."""
+    logits = torch.tensor([[[2.0, 1.0, 0.5, 3.0, 1.0]]]).double()
+    for top_k, expected in ((1, [3]), (2, [0, 3]), (3, [0, 1, 3, 4]), (5, [0, 1, 2, 3, 4])):
+        law = sampling_tensors([SamplingParams(temperature=temperature, top_k=top_k)], 5).warp(logits)[0, 0]
+        kept = (law > float("-inf")).nonzero()[:, 0].tolist()
+        assert kept == (expected if temperature >= 1 else [3])
+    law = sampling_tensors([SamplingParams(temperature=temperature, top_p=0.0)], 5).warp(logits)[0, 0]
+    assert (law > float("-inf")).nonzero()[:, 0].tolist() == [3]
+
+
 def test_temperature_zero_takes_the_lowest_id_among_ties():
     law = sampling_tensors([SamplingParams(temperature=0)], 4).warp(
         torch.tensor([[[0.0, 3.0, 3.0, 1.0]]]).double()
@@ -107,14 +119,34 @@ def test_valid_rows():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": -1}, "temperature must be a finite number of at least 0, got -1"),
+        (
+            {"temperature": -1},
+            "temperature must be a finite number of at least 0 in single precision, got -1",
+        ),
         ({"temperature": float("nan")}, "temperature must be"),
         ({"top_k": -2}, "top_k must be an integer of at least 0, got -2"),
+        (
+            {"temperature": 1e39},
+            "temperature must be a finite number of at least 0 in single precision, got 1e",
+        ),
+        (
+            {"temperature": 1e-46},
+            "temperature must be a finite number of at least 0 in single precision, got 1e-46",
+        ),
         ({"top_k": 1.5}, "top_k must be an integer"),
+        ({"top_k": float("inf")}, "top_k must be an integer of at least 0, got inf"),
+        ({"top_k": 2**63}, "top_k must be an integer of at least 0, got 9"),
         ({"top_p": 1.1}, r"top_p must be in \[0, 1\], got 1.1"),
         ({"min_p": -0.1}, r"min_p must be in \[0, 1\]"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be a positive number, got 0"),
-        ({"min_tokens": -1}, "min_tokens must be at least 0"),
+        (
+            {"repetition_penalty": 0},
+            "repetition_penalty must be a positive number in single precision, got 0",
+        ),
+        ({"repetition_penalty": 1e39}, "repetition_penalty must be a positive number in single precision"),
+        ({"repetition_penalty": 1e-46}, "repetition_penalty must be a positive number in single precision"),
+        ({"min_tokens": -1}, "min_tokens must be an integer of at least 0"),
+        ({"min_tokens": 2.5}, "min_tokens must be an integer of at least 0"),
+        ({"min_tokens": float("inf")}, "min_tokens must be an integer of at least 0, got inf"),
     ],
 )
 def test_values_out_of_range_are_refused(arguments, message):
