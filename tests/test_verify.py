@@ -1,6 +1,7 @@
 """Kernels against the reference: the same random numbers, the same integers; and what only a GPU can show."""
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -408,3 +409,24 @@ def test_choice_of_backend(monkeypatch):
             choose("auto", cpu, True)
     monkeypatch.setenv("FASTSPEC_BACKEND", "reference")
     assert choose("auto", torch.device("cuda"), True) == "reference"
+
+
+def test_the_backend_fits_the_gpu_that_holds_the_tensors(monkeypatch):
+    """Not the current one: a host may have GPUs of several kinds."""
+    module = types.SimpleNamespace(architectures="80;90a", cuda_version=13000)
+    capabilities = {0: (9, 0), 1: (7, 5), None: (9, 0)}
+
+    def capability(device=None):
+        return capabilities[None if device is None else device.index]
+
+    monkeypatch.setattr("fastspec.ops.backends.extension", lambda: module)
+    monkeypatch.setattr("fastspec.ops.backends.triton_version", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.delenv("FASTSPEC_BACKEND", raising=False)
+    assert choose("auto", torch.device("cuda:0"), True) == "cuda"
+    assert choose("auto", torch.device("cuda:1"), True) == "reference"
+    with pytest.raises(ValueError, match=r"built for 80;90a, but the GPU is of architecture 75"):
+        choose("cuda", torch.device("cuda:1"), True)
+    with pytest.raises(ValueError, match="backend 'cuda' needs tensors on a GPU, got cpu"):
+        choose("cuda", torch.device("cpu"), True)

@@ -57,14 +57,14 @@ def triton_version() -> str | None:
         return None
 
 
-def _cuda() -> Backend:
+def _cuda(device: torch.device | None = None) -> Backend:
     try:
         module = extension()
     except ImportError as error:
         return Backend("cuda", False, str(error))
     if not torch.cuda.is_available():
         return Backend("cuda", False, f"built for {module.architectures}, but torch finds no NVIDIA GPU")
-    capability = "".join(map(str, torch.cuda.get_device_capability()))
+    capability = "".join(map(str, torch.cuda.get_device_capability(device)))
     built = [arch.rstrip("af") for arch in module.architectures.split(";")]
     if capability not in built:
         return Backend(
@@ -86,9 +86,9 @@ def _triton() -> Backend:
     return Backend("triton", True, f"triton {version}")
 
 
-def backends() -> list[Backend]:
-    """All implementations, the most preferred first."""
-    return [_cuda(), _triton(), Backend("reference", True, "PyTorch, any device")]
+def backends(device: torch.device | None = None) -> list[Backend]:
+    """All implementations, the most preferred first, on a GPU or on the current one."""
+    return [_cuda(device), _triton(), Backend("reference", True, "PyTorch, any device")]
 
 
 def current(device: torch.device) -> AbstractContextManager:
@@ -119,8 +119,8 @@ def choose(requested: str, device: torch.device, supported: bool) -> str:
     if name == "auto":
         if not on_gpu:
             return "reference"
-        return next(backend.name for backend in backends() if backend.available)
-    chosen = {"cuda": _cuda, "triton": _triton}[name]()
+        return next(backend.name for backend in backends(device) if backend.available)
+    chosen = next(backend for backend in backends(device if on_gpu else None) if backend.name == name)
     if not chosen.available:
         raise ValueError(f"backend {name!r} cannot run here: {chosen.reason}")
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
