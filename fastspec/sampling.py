@@ -221,9 +221,8 @@ class SamplingTensors:
     def _uncut(self, log_weights: torch.Tensor) -> torch.Tensor:
         """Tokens that top-k, top-p and min-p leave; ``[B, R, V]`` log-weights relative to the largest to bool."""
         vocab_size = log_weights.shape[-1]
-        log_weights, order = log_weights.sort(
-            -1, descending=True
-        )  # weights of a high temperature all round to 1
+        # Ties are those of log-weights: at a high temperature all weights round to 1.
+        log_weights, order = log_weights.sort(-1, descending=True)
         top_k = self.top_k[:, None, None]
         last = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size) - 1
         kth = log_weights.gather(-1, last.expand(*log_weights.shape[:-1], 1))
