@@ -68,7 +68,9 @@ class DecodeState:
         self.new_tokens = zeros(batch_size, tree.max_depth + 1)
         self.report = zeros(batch_size, REPORT_HEADER + tree.max_depth + 1)
         self.tree_tokens = zeros(batch_size, tree.num_nodes) - 1
-        self.draft_logits = torch.zeros(batch_size, len(tree.inner), vocab_size, device=device)
+        self.draft_logits = torch.zeros(
+            batch_size, len(tree.inner), vocab_size, dtype=torch.float32, device=device
+        )
         self.cycles = zeros(batch_size)
         self.accepted = zeros(batch_size, tree.max_depth + 1)
         self.committed = zeros(batch_size)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from models import IMAGE_TOKEN_ID, noisy_clone, picture_inputs, tiny_llama, tiny_llava
+from models import IMAGE_TOKEN_ID, noisy_clone, picture_inputs, texts, tiny_llama, tiny_llava
 from torch.overrides import TorchFunctionMode
 
 import fastspec
@@ -306,6 +306,20 @@ def test_a_draft_reads_what_it_should_at_compact_positions(draft, tree):
             q = state.draft_logits[row, tree.inner_index[node]].softmax(-1)
             torch.testing.assert_close(q, law, rtol=1e-3, atol=1e-5)
     assert len(kept) > 1, "acceptance was never ragged"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_default_dtype_of_the_users_own_changes_nothing(dtype):
+    asked = requests(2)
+    expected = texts(SpeculativeDecoder(TARGET, TEXT, gamma=3, batch_size=2), asked)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        decoder = SpeculativeDecoder(TARGET, TEXT, gamma=3, batch_size=2)
+        assert decoder.state.draft_logits.dtype == torch.float32
+        assert texts(decoder, asked) == expected
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_the_draft_may_sample_another_way_than_the_target():
