@@ -181,6 +181,12 @@ def test_a_device_that_failed_is_an_error():
         box.pop(failed)
 
 
+def test_a_mailbox_is_in_host_memory_whatever_the_default_device():
+    with torch.device("meta"):
+        box = mailbox()
+    assert {one.device.type for one in (box.reports, box.published, box.control)} == {"cpu"}
+
+
 @pytest.mark.parametrize("cycles", [0, 5])
 def test_a_launch_has_as_many_cycles_as_slots(cycles):
     with pytest.raises(ValueError, match=f"1 to 4 cycles, got {cycles}"):

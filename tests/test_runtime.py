@@ -309,6 +309,16 @@ def test_an_abandoned_stream_leaves_the_decoder_usable():
 
 
 @gpu
+@pytest.mark.parametrize("launch", ["ahead", "loop"])
+def test_a_default_device_of_the_users_own_changes_nothing(launch):
+    target, draft = gpu_pair()
+    requests = requests_on(target, 1, SAMPLED)
+    expected = texts(SpeculativeDecoder(target, draft, gamma=3), requests)
+    with torch.device("cuda"):  # as after torch.set_default_device("cuda")
+        assert texts(SpeculativeDecoder(target, draft, gamma=3, launch=launch), requests) == expected
+
+
+@gpu
 def test_replays_allocate_nothing():
     target, draft = gpu_pair(torch.bfloat16)
     decoder = SpeculativeDecoder(target, draft, gamma=3)

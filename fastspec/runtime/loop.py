@@ -54,7 +54,7 @@ class Mailbox:
         self, most_cycles: int, shape: tuple[int, ...], load: Callable[[int], int], pin_memory: bool = True
     ):
         def zeros(*shape):
-            return torch.zeros(shape, dtype=torch.int64, pin_memory=pin_memory)
+            return torch.zeros(shape, dtype=torch.int64, device="cpu", pin_memory=pin_memory)
 
         self.reports, self.published, self.control = zeros(most_cycles, *shape), zeros(1), zeros(1 + shape[0])
         self._load = load

@@ -19,7 +19,9 @@ class Reports:
         self._report = report
         self._on_gpu = report.is_cuda
         if self._on_gpu:
-            self._slots = torch.zeros((depth, *report.shape), dtype=report.dtype, pin_memory=True)
+            self._slots = torch.zeros(
+                (depth, *report.shape), dtype=report.dtype, device="cpu", pin_memory=True
+            )
             self._events = [torch.cuda.Event() for _ in range(depth)]
         self._free = deque(range(depth))
         self._coming: deque[int] = deque()
