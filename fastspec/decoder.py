@@ -153,6 +153,7 @@ class SpeculativeDecoder:
         self._graph_results: tuple[torch.Tensor, torch.Tensor] | None = None
         self._loop: Loop | None = None
         self._stopped: set[int] = set()
+        self._generations = 0
         #: A hook needs the host in every cycle, which then runs uncaptured.
         self.logits_hook: LogitsHook | None = None
         #: Raw target logits of the last pass ``[B, R, V]``, and the nodes of the path it committed.
@@ -168,6 +169,7 @@ class SpeculativeDecoder:
             ValueError: for too many requests, an empty prompt, or one that does not fit the capacity.
         """
         self._check_requests(requests)
+        self._generations += 1
         self._reports.clear()
         if self._loop is not None:
             self._loop.end()
@@ -275,7 +277,8 @@ class SpeculativeDecoder:
     def stream(self, requests: Sequence[Request], ahead: int = CYCLES_AHEAD) -> Iterator[Commitment]:
         """Generates, yielding what the prefill and each cycle committed until all sequences are finished.
 
-        Abandoning the iterator leaves the decoder usable, and wastes at most the cycles under way.
+        Abandoning the iterator leaves the decoder usable, and wastes at most the cycles under way. It cannot go on
+        once another generation has begun on this decoder.
 
         Args:
             requests: the sequences, at most ``batch_size``.
@@ -285,6 +288,7 @@ class SpeculativeDecoder:
 
         Raises:
             ValueError: for another number of cycles, for a logits hook in a loop, and as :meth:`prefill` does.
+            RuntimeError: if another generation has begun since the last commitment.
         """
         if ahead not in range(1, CYCLES_AHEAD + 1):
             raise ValueError(f"ahead must be 1 to {CYCLES_AHEAD}, got {ahead!r}")
@@ -293,6 +297,7 @@ class SpeculativeDecoder:
         self._check_launch()
         self.capture()
         self.prefill(requests)
+        generation = self._generations
         commitment = self.poll()
         yield commitment
         if self._graph is None or self.logits_hook is not None:
@@ -301,6 +306,8 @@ class SpeculativeDecoder:
         looping = False
         try:
             while True:
+                if self._generations != generation:
+                    raise RuntimeError("another generation has begun on this decoder; this one cannot go on")
                 for row, tokens in enumerate(commitment.tokens[: len(room)]):
                     room[row] -= len(tokens)
                     if row in self._stopped or commitment.reasons[row] != FinishReason.RUNNING:
@@ -321,7 +328,7 @@ class SpeculativeDecoder:
                     commitment = read_report(self._reports.pop())
                 yield commitment
         finally:
-            if looping:
+            if looping and self._generations == generation:
                 self._loop.end()
 
     def record(self, num_requests: int | None = None) -> SpeculationRecord:

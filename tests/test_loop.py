@@ -119,6 +119,22 @@ def test_abandoning_ends_the_loop(pair):
         assert texts(decoder, requests) == expected
 
 
+def test_letting_go_of_an_older_stream_leaves_the_loop_alone(pair):
+    decoder = looping(SpeculativeDecoder(*pair, gamma=3))
+    requests = requests_on(pair[0], 1, SAMPLED)
+    expected = texts(decoder, requests)
+    old, new = decoder.stream(requests), decoder.stream(requests)
+    answer = []
+    for stream in (old, old, new, new):
+        commitment = next(stream)
+        answer += commitment.tokens[0] if stream is new else []
+    old.close()
+    assert decoder._loop.running
+    for commitment in new:
+        answer += commitment.tokens[0]
+    assert [answer] == expected
+
+
 def test_a_sequence_that_is_stopped_leaves_the_other_alone(pair):
     decoder = looping(SpeculativeDecoder(*pair, gamma=3, batch_size=2))
     requests = requests_on(pair[0], 2, SAMPLED, 40)

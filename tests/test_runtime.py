@@ -181,6 +181,21 @@ def test_one_draft_serves_two_decoders():
     assert [answer] == expected
 
 
+def test_a_stream_cannot_go_on_once_another_has_begun():
+    target = tiny_llava()
+    decoder = SpeculativeDecoder(target, tiny_llama(), gamma=3)
+    requests = requests_on(target, 1, SAMPLED)
+    expected = texts(decoder, requests)
+    old, new = decoder.stream(requests_on(target, 1, SAMPLED, first_seed=9)), decoder.stream(requests)
+    next(old)
+    answer = next(new).tokens[0]
+    with pytest.raises(RuntimeError, match="another generation has begun on this decoder"):
+        next(old)
+    for commitment in new:
+        answer += commitment.tokens[0]
+    assert [answer] == expected
+
+
 def test_tables_of_a_tree_live_as_long_as_what_reads_them():
     tree = DraftTree.from_children([[1, 2], [3], [], []])
     verifier = Verifier(tree, 1, 8, Rule.RECURSIVE_REJECTION, "cpu")
