@@ -1,6 +1,8 @@
 """The decode-time transformer computes what transformers computes, and touches only the rows it should."""
 
+import contextlib
 import copy
+import threading
 
 import pytest
 import torch
@@ -178,6 +180,36 @@ def test_packing_shares_storage_and_leaves_the_module_as_it_was(tmp_path):
     restored = type(model).from_pretrained(tmp_path)
     for name, parameter in restored.state_dict().items():
         assert torch.equal(parameter, model.state_dict()[name]), name
+
+
+def test_threads_that_pack_a_model_together_read_the_same_weights(monkeypatch):
+    model = tiny_llama()
+    together, cat = threading.Barrier(2, timeout=0.2), torch.cat
+
+    def meet(*inputs, **more):
+        with contextlib.suppress(threading.BrokenBarrierError):  # the other thread was not let in: good
+            together.wait()
+        return cat(*inputs, **more)
+
+    made = []
+    threads = [
+        threading.Thread(target=lambda: made.append(DecodeTransformer(*text_stack(model)))) for _ in range(2)
+    ]
+    monkeypatch.setattr(torch, "cat", meet)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    monkeypatch.undo()
+    (layer,) = model.model.layers
+    with torch.no_grad():
+        layer.self_attn.q_proj.weight.fill_(1.0)
+        layer.mlp.up_proj.weight.fill_(2.0)
+    for transformer in made:
+        (packed,) = transformer.layers
+        assert (packed.qkv[: transformer.hidden_size] == 1).all()
+        assert (packed.gate_up[len(packed.gate_up) // 2 :] == 2).all()
+    assert len(made) == 2
 
 
 def test_weights_replaced_after_packing_are_packed_anew():

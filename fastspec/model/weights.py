@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
+
+
+#: Two threads that packed the same layer at a time would each read a copy, and its parameters be views of one.
+_packing = threading.Lock()
 
 
 class LayerWeights(NamedTuple):
@@ -58,13 +63,14 @@ def fuse(linears: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | Non
         check_plain(linear, nn.Linear, "projections")
         if linear.weight.device.type == "meta":
             raise ValueError("expected weights in memory, got a model on the meta device (offloaded?)")
-    weight = _stack([linear.weight for linear in linears])
-    biases = [linear.bias for linear in linears]
-    if all(bias is None for bias in biases):
-        return weight, None
-    if any(bias is None for bias in biases):
-        raise ValueError("expected all of the fused projections to have a bias, or none of them")
-    return weight, _stack(biases)
+    with _packing:
+        weight = _stack([linear.weight for linear in linears])
+        biases = [linear.bias for linear in linears]
+        if all(bias is None for bias in biases):
+            return weight, None
+        if any(bias is None for bias in biases):
+            raise ValueError("expected all of the fused projections to have a bias, or none of them")
+        return weight, _stack(biases)
 
 
 def check_plain(module: nn.Module, kind: type[nn.Module], what: str) -> None:
