@@ -82,8 +82,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         print(tables(json.loads(given.results.read_text()), given.rows))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         parser.error(f"{given.results}: {error}")
+    except (KeyError, TypeError, AttributeError) as error:
+        parser.error(f"{given.results} is not what `python -m bench pass` writes: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

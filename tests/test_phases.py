@@ -193,7 +193,8 @@ def test_a_table_needs_phases(rows, asked, message, tmp_path, capsys):
 
 
 def test_a_table_needs_results(tmp_path, capsys):
-    for text in (None, "no JSON", json.dumps({"rows": ROWS})):
+    odd = ([], None, {"header": HEADER, "rows": [1]}, {"header": [], "rows": ROWS})
+    for text in (None, "no JSON", json.dumps({"rows": ROWS}), *map(json.dumps, odd)):
         path = tmp_path / "pass.json"
         if text is not None:
             path.write_text(text)
