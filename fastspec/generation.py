@@ -180,7 +180,7 @@ def generate(
     loop.check(target)
     # Images go past transformers, which would encode them before the loop could check anything.
     images = {name: kwargs.pop(name) for name in _IMAGE_ARGUMENTS if kwargs.get(name) is not None}
-    return target.generate(**kwargs, custom_generate=replace(loop, images=images))
+    return target.generate(**kwargs, custom_generate=replace(loop, images=images, checked=True))
 
 
 def clear_decoders() -> None:
@@ -246,6 +246,7 @@ class DecodingLoop:
     streamer: BaseStreamer | None
     stop_strings: str | list[str] | None
     images: dict[str, Any]
+    checked: bool = False  # whether :meth:`check` has passed
 
     def check(self, target: nn.Module) -> None:
         """Raises for a draft, rule or vocabulary that does not fit the target, before any work."""
@@ -260,7 +261,8 @@ class DecodingLoop:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> torch.Tensor | SpeculativeOutput:
-        check_target(model)
+        if not self.checked:
+            self.check(model)  # a decoder that is kept may have been made with other tokenizers
         check_autocast(model)
         check_config({name: getattr(generation_config, name, None) for name, *_ in _UNSUPPORTED})
         batch, length = input_ids.shape

@@ -116,6 +116,13 @@ def test_vocabularies_that_disagree():
         tokenizer=Tokenizer(words),
         draft_tokenizer=Tokenizer(swapped),
     )
+    # A decoder that is kept has been compared with other tokenizers, or with none.
+    TARGET.generate(**picture_inputs(), max_new_tokens=2, custom_generate=fastspec.custom_generate(TEXT))
+    disagreeing = fastspec.custom_generate(
+        TEXT, tokenizer=Tokenizer(words), draft_tokenizer=Tokenizer(swapped)
+    )
+    with pytest.raises(ValueError, match="disagree on 2 tokens"):
+        TARGET.generate(**picture_inputs(), max_new_tokens=2, custom_generate=disagreeing)
 
 
 def test_tokenizers_that_are_none():
