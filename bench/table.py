@@ -85,7 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(f"{given.results}: {error}")
     except (KeyError, TypeError, AttributeError) as error:
-        parser.error(f"{given.results} is not what `python -m bench pass` writes: {type(error).__name__}: {error}")
+        parser.error(
+            f"{given.results} is not what `python -m bench pass` writes: {type(error).__name__}: {error}"
+        )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-
 #: Two threads that packed the same layer at a time would each read a copy, and its parameters be views of one.
 _packing = threading.Lock()
 
