@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fastspec import DraftTree, Rule, SpeculativeDecoder, generation
 from fastspec.decoder import read_report
 from fastspec.ops import Verifier
 from fastspec.runtime import Reports, asked_memory
+from fastspec.runtime.decoder_cache import DecoderCache
 from fastspec.sampling import SamplingParams
 from fastspec.state import FinishReason
 
@@ -125,6 +127,27 @@ def test_a_decoder_goes_with_either_of_its_models(built, dies, image):
     model = weakref.ref(models.pop(dies))
     assert not alive([model])
     assert not alive(built)
+
+
+def test_a_decoder_in_use_does_not_come_back_when_another_goes():
+    cache, target, draft, dying = DecoderCache(), tiny_llava(), tiny_llama(), tiny_llama()
+    used, other = (SimpleNamespace(draft=None, logits_hook=None) for _ in range(2))
+    cache.give_back(target, draft, "shape", used)
+    cache.give_back(target, dying, "shape", other)
+    taken = []
+
+    class Contested(list):
+        """Another thread takes the first entry as soon as this one has looked at all."""
+
+        def __iter__(self):
+            yield from super().__iter__()
+            taken.append(self.pop(0).decoder)
+
+    cache._entries[target] = kept = Contested(cache._entries[target])
+    del dying
+    gc.collect()
+    assert taken == [used]
+    assert kept[:] == []
 
 
 def test_a_call_that_fails_leaves_a_usable_decoder(built):

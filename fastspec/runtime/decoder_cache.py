@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
@@ -95,7 +96,11 @@ class DecoderCache:
     def _forget(self, target: weakref.ref, decoder_id: int) -> None:
         model = target()
         kept = self._entries.get(model, []) if model is not None else []
-        kept[:] = [entry for entry in kept if id(entry.decoder) != decoder_id]
+        # The collector may call this at any time, in any thread, with the lock held: what another thread has taken
+        # out meanwhile must stay out.
+        for entry in [one for one in kept if id(one.decoder) == decoder_id]:
+            with suppress(ValueError):
+                kept.remove(entry)
 
 
 def _same(kept: object, draft: object) -> bool:
