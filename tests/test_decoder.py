@@ -10,9 +10,11 @@ from torch.overrides import TorchFunctionMode
 import fastspec
 from fastspec import DraftTree, Rule, SpeculativeDecoder
 from fastspec.decoder import Request
+from fastspec.draft import NgramDraft
 from fastspec.generation import make_prompts
+from fastspec.model.vision import Prompt
 from fastspec.sampling import SamplingParams
-from fastspec.state import FinishReason
+from fastspec.state import DecodeState, FinishReason
 
 TARGET = tiny_llava()
 CLONE = noisy_clone(TARGET)
@@ -306,6 +308,19 @@ def test_a_draft_reads_what_it_should_at_compact_positions(draft, tree):
             q = state.draft_logits[row, tree.inner_index[node]].softmax(-1)
             torch.testing.assert_close(q, law, rtol=1e-3, atol=1e-5)
     assert len(kept) > 1, "acceptance was never ragged"
+
+
+def test_prompt_lookup_copies_no_placeholder_of_the_present_prompt():
+    ids, tree = torch.tensor([5, *[IMAGE_TOKEN_ID] * 4, 9, 5]), DraftTree.chain(3)
+    draft, state = NgramDraft(), DecodeState(1, 16, tree, 64, "cpu")
+    draft.allocate(1, 16, tree, 64, Rule.TARGET_ONLY, torch.device("cpu"))
+    with_image = Prompt(ids, IMAGE_TOKEN_ID, (torch.zeros(4, 8),))
+    for prompt, expected in ((with_image, -1), (Prompt(ids), IMAGE_TOKEN_ID), (with_image, -1)):
+        state.clear()
+        state.admit(0, ids, 16, SamplingParams(), SamplingParams(), 0, ())
+        draft.prefill(0, prompt)
+        draft.propose(state)
+        assert state.tree_tokens.tolist() == [[5, expected, expected, expected]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
