@@ -311,16 +311,33 @@ def test_a_draft_reads_what_it_should_at_compact_positions(draft, tree):
 
 
 def test_prompt_lookup_copies_no_placeholder_of_the_present_prompt():
-    ids, tree = torch.tensor([5, *[IMAGE_TOKEN_ID] * 4, 9, 5]), DraftTree.chain(3)
-    draft, state = NgramDraft(), DecodeState(1, 16, tree, 64, "cpu")
+    ids = torch.tensor([5, *[IMAGE_TOKEN_ID] * 4, 9, 5])
+    with_image, placeholders = Prompt(ids, IMAGE_TOKEN_ID, (torch.zeros(4, 8),)), [IMAGE_TOKEN_ID] * 3
+    expected = [[-1] * 3, placeholders, [-1] * 3]
+    assert looked_up(NgramDraft(), with_image, Prompt(ids), with_image) == expected
+
+
+def looked_up(draft, *prompts):
+    """The chains of three that prompt lookup proposes after each of the prompts, on the same buffers."""
+    tree = DraftTree.chain(3)
+    state, found = DecodeState(1, 16, tree, 64, "cpu"), []
     draft.allocate(1, 16, tree, 64, Rule.TARGET_ONLY, torch.device("cpu"))
-    with_image = Prompt(ids, IMAGE_TOKEN_ID, (torch.zeros(4, 8),))
-    for prompt, expected in ((with_image, -1), (Prompt(ids), IMAGE_TOKEN_ID), (with_image, -1)):
+    for prompt in prompts:
         state.clear()
-        state.admit(0, ids, 16, SamplingParams(), SamplingParams(), 0, ())
+        state.admit(0, prompt.input_ids, 16, SamplingParams(), SamplingParams(), 0, ())
         draft.prefill(0, prompt)
         draft.propose(state)
-        assert state.tree_tokens.tolist() == [[5, expected, expected, expected]]
+        found.append(state.tree_tokens[0, 1:].tolist())
+    return found
+
+
+def test_prompt_lookup_goes_by_the_longest_match_and_then_the_latest():
+    repeats = Prompt(torch.tensor([7, 8, 1, 9, 8, 2, 7, 8]))
+    assert looked_up(NgramDraft(), repeats) == [[1, 9, 8]]
+    assert looked_up(NgramDraft(max_ngram=1), repeats) == [[2, 7, 8]]
+    short, none = Prompt(torch.tensor([4, 6, 4])), Prompt(torch.tensor([4, 5, 6]))
+    # What the longer prompt left in the buffers is no match, and nothing follows the newest token.
+    assert looked_up(NgramDraft(), repeats, short, none) == [[1, 9, 8], [6, 4, -1], [-1, -1, -1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
