@@ -13,9 +13,9 @@ constexpr float kInfinity = INFINITY;
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x % 32); }
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x / 32); }
 
-// Unsigned integers in the order of the floats.
+// Unsigned integers in the order of the floats; both zeros have one.
 __device__ __forceinline__ uint32_t ordered_key(float x) {
-  const uint32_t bits = __float_as_uint(x);
+  const uint32_t bits = __float_as_uint(x + 0.0f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 __device__ __forceinline__ float from_ordered_key(uint32_t key) {

@@ -42,8 +42,8 @@ def load_row(row, tokens, row_vocab, penalty, too_short, node, tree_tokens, tabl
 
 @triton.jit
 def ordered_key(x):
-    """Non-negative int64 in the order of the floats."""
-    bits = x.to(tl.uint32, bitcast=True).to(tl.int64)
+    """Non-negative int64 in the order of the floats; both zeros have one."""
+    bits = (x + 0.0).to(tl.uint32, bitcast=True).to(tl.int64)
     return tl.where(bits >= 2147483648, 4294967295 - bits, bits + 2147483648)
 
 

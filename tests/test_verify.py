@@ -103,6 +103,36 @@ def test_large_batches_and_trees(backend):
         assert_same(run(big, "reference"), run(big, backend), big.description)
 
 
+def check_zeros_of_both_signs(backend, device):
+    batch, row = 64, (2.0, 2.0, 0.0, *[-0.0] * 5)
+    tree, sampling = DraftTree.chain(1), SamplingTensors(batch, len(row), "cpu")
+    for index in range(batch):
+        sampling.set(index, SamplingParams(top_k=3, top_p=0.9), index)
+    logits = torch.tensor(row, device=device).expand(batch, 2, -1).contiguous()
+    inputs = (
+        logits,
+        torch.full((batch, 2), -1, device=device),
+        tree,
+        sampling.to(device),
+        torch.arange(batch, device=device),
+        Rule.TARGET_ONLY,
+    )
+    expected = verify(*inputs, backend="reference")
+    assert (expected.next_token > 2).any()  # the third largest logit is a zero, and so are five more
+    assert_same(expected, verify(*inputs, backend=backend), "zeros")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+def test_zeros_of_both_signs_are_ties(backend):
+    check_zeros_of_both_signs(backend, "cuda")
+
+
+@INTERPRETED
+def test_zeros_of_both_signs_are_ties_when_interpreted():
+    check_zeros_of_both_signs("triton", "cpu")
+
+
 def poisoned_copy(case):
     """The same case with rows that lie further apart, NaN between them, and absurd tokens beyond the tree."""
     batch, nodes, vocab_size = case.target_logits.shape
