@@ -57,9 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
     for question in QUESTIONS if "all" in given.questions else given.questions:
         module = importlib.import_module(f"bench.{QUESTIONS[question]}")
         rows = module.measure(setup)
-        print_table(rows)
         small = "" if given.target == "llava7b" else f"-{given.target}"
-        path = write(question + small, head, rows, given.out)
+        path = write(question + small, head, rows, given.out)  # first: printing may fail
+        print_table(rows)
         print(f"written: {path}")
         if hasattr(module, "plot"):
             module.plot(rows, path.with_suffix(".png"))
