@@ -109,6 +109,38 @@ static __device__ __noinline__ float4 load_singly(const void* logits, int first,
   return {x[0], x[1], x[2], x[3]};
 }
 
+// What lies at an address if it may be read, else `nothing` in all its words.
+__device__ __forceinline__ float4 load_if(bool inside, const float4* at, float nothing) {
+  float4 x;
+  asm volatile(
+      "{\n"
+      ".reg .pred inside;\n"
+      "setp.ne.s32 inside, %4, 0;\n"
+      "mov.f32 %0, %6;\n"
+      "mov.f32 %1, %6;\n"
+      "mov.f32 %2, %6;\n"
+      "mov.f32 %3, %6;\n"
+      "@inside ld.global.v4.f32 {%0, %1, %2, %3}, [%5];\n"
+      "}"
+      : "=&f"(x.x), "=&f"(x.y), "=&f"(x.z), "=&f"(x.w)
+      : "r"(static_cast<int>(inside)), "l"(at), "f"(nothing));
+  return x;
+}
+__device__ __forceinline__ uint2 load_if(bool inside, const uint2* at, uint32_t nothing) {
+  uint2 x;
+  asm volatile(
+      "{\n"
+      ".reg .pred inside;\n"
+      "setp.ne.s32 inside, %2, 0;\n"
+      "mov.b32 %0, %4;\n"
+      "mov.b32 %1, %4;\n"
+      "@inside ld.global.v2.b32 {%0, %1}, [%3];\n"
+      "}"
+      : "=&r"(x.x), "=&r"(x.y)
+      : "r"(static_cast<int>(inside)), "l"(at), "r"(nothing));
+  return x;
+}
+
 // One row of logits.
 template <LogitType kType>
 struct Row {
@@ -135,11 +167,17 @@ struct Row {
 
   // Four logits from `first` on; beyond the vocabulary come -inf.
   __device__ __forceinline__ float4 load(int first, bool vector) const {
-    if (!vector) return load_singly<kType>(logits, first, vocab_size);
-    float4 x = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
-    if (first >= vocab_size) return x;
-    if constexpr (kType == LogitType::kFloat) return *reinterpret_cast<const float4*>(logits + 4 * first);
-    const uint2 bits = *reinterpret_cast<const uint2*>(logits + 2 * first);
+    if (__builtin_expect(vector, true)) return load_vector(first);
+    return load_singly<kType>(logits, first, vocab_size);
+  }
+  // The same of a row that is made of vectors, without a branch.
+  __device__ __forceinline__ float4 load_vector(int first) const {
+    const bool inside = first < vocab_size;
+    if constexpr (kType == LogitType::kFloat) {
+      return load_if(inside, reinterpret_cast<const float4*>(logits + 4 * first), -kInfinity);
+    }
+    constexpr uint32_t kNothing = kType == LogitType::kBfloat16 ? 0xff80ff80u : 0xfc00fc00u;  // -inf twice
+    const uint2 bits = load_if(inside, reinterpret_cast<const uint2*>(logits + 2 * first), kNothing);
     if constexpr (kType == LogitType::kBfloat16) {
       return {__uint_as_float(bits.x << 16), __uint_as_float(bits.x & 0xffff0000u), __uint_as_float(bits.y << 16),
               __uint_as_float(bits.y & 0xffff0000u)};
@@ -238,7 +276,8 @@ __device__ __forceinline__ RowStats merge_slices(const TileStats (&slices)[kCoun
     }
   }
   mass = warp_sum(mass);
-  return {maximum, -kInfinity, 0.0f, 1.0f / mass, 0, mass < kInfinity && maximum > -kInfinity};
+  const bool valid = mass < kInfinity && maximum > -kInfinity;
+  return {maximum, -kInfinity, 0.0f, __fdividef(1.0f, mass), 0, valid};
 }
 
 }  // namespace fastspec

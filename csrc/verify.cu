@@ -125,7 +125,7 @@ __device__ __forceinline__ void load_sequence(const Context<kType>& context) {
     context.open_mailbox(static_cast<int>(threadIdx.x) - (kThreads - 160));
   }
   if (threadIdx.x == kThreads - 128) shared.epoch = *reinterpret_cast<const uint64_t*>(context.header());
-  if (threadIdx.x == kThreads - 96) Walk(params, shared).start();
+  if (threadIdx.x == kThreads - 96) Walk::start(params, shared);
   if (threadIdx.x == kThreads - 32) shared.law = load_law(params.sampling, sequence, params.vocab_size);
   if (threadIdx.x == kThreads - 64) {
     const int64_t position = params.positions[sequence];
@@ -163,9 +163,29 @@ struct Items {
 
 template <LogitType kType>
 __device__ __forceinline__ void load_tile(const Row<kType>& row, int tile, float4 (&x)[kVectors]) {
-  const bool vector = row.vectors();
+  if (__builtin_expect(row.vectors(), true)) {
 #pragma unroll
-  for (int j = 0; j < kVectors; ++j) x[j] = row.load(lane_token(tile, j), vector);
+    for (int j = 0; j < kVectors; ++j) x[j] = row.load_vector(lane_token(tile, j));
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) x[j] = row.load(lane_token(tile, j), false);
+  }
+}
+
+// A tile of a row of a span: of the target's rows first, then of the draft's.
+template <LogitType kType>
+__device__ __forceinline__ void load_tile(const Context<kType>& context, const Span& span, int row, int tile,
+                                          float4 (&x)[kVectors]) {
+  const int num_targets = span.num_targets();
+  const bool is_target = row < num_targets;
+  if constexpr (kType == LogitType::kFloat) {
+    Row<kType> either = context.target_row(is_target ? span.target(row) : 0);
+    if (!is_target) either = context.draft_row(span.draft(row - num_targets));
+    load_tile(either, tile, x);
+  } else {
+    is_target ? load_tile(context.target_row(span.target(row)), tile, x)
+              : load_tile(context.draft_row(span.draft(row - num_targets)), tile, x);
+  }
 }
 
 // A lane's share of a slice, of which the largest logits of all lanes are taken one by one. A lane keeps its first
@@ -253,9 +273,8 @@ __device__ __forceinline__ void send_slices(Context<kType> context, int num_rows
     LargestThree largest;
 #pragma unroll 1
     for (int tile = first; tile < end; ++tile) {
-      is_target ? load_tile(context.target_row(place), tile, x)
-                : load_tile(context.draft_row(span.draft(items.row - num_targets)), tile, x);
-      if (is_target && shared.penalties.touch(depth)) {
+      load_tile(context, span, items.row, tile, x);
+      if (__builtin_expect(is_target && shared.penalties.touch(depth), false)) {
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
           x[j] = penalise(x[j], shared.penalties, lane_token(tile, j), place, depth, context.params.vocab_size);
@@ -326,20 +345,117 @@ __device__ __forceinline__ RowStats find_threshold(const Context<kType>& context
   return stats;
 }
 
+// Merges the slices of the rows from `first` on into their statistics, kRows rows of a warp at a time, of each of which
+// a lane receives up to kCount slices.
+template <int kRows, int kCount, LogitType kType>
+__device__ __forceinline__ void receive_rows(const Context<kType>& context, int first, int num_rows) {
+  Shared& shared = context.shared;
+  const Span& span = shared.span;
+  const Law& law = shared.law;
+  const bool greedy = law.greedy;
+  const int num_targets = span.num_targets(), num_slices = context.params.slicing.num_slices;
+#pragma unroll 1
+  for (int start = first + warp_index(); start < num_rows; start += kRows * kWarps) {
+    const auto row = [&](int r) { return start + r * kWarps; };
+    const auto is_target = [&](int r) { return row(r) < num_targets; };
+    bool wanted[kRows];
+    const Message* from[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      wanted[r] = row(r) < num_rows && !(is_target(r) && !is_read(context, span.target(row(r))));
+      from[r] = context.about_slice(0, row(r), lane_index());
+    }
+    const auto inside = [&](int i) { return wanted[i / kCount] && lane_index() + 32 * (i % kCount) < num_slices; };
+    uint64_t contents[kRows * kCount];
+    receive(contents, context.number(), inside, [&](int i) { return from[i / kCount] + 32 * (i % kCount); });
+    RowStats stats[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      TileStats slices[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        slices[i] = {-kInfinity, 0.0f};
+        const uint64_t content = contents[r * kCount + i];
+        if (inside(r * kCount + i)) slices[i] = {first_of(content), second_of(content)};
+      }
+      stats[r] = merge_slices(slices, is_target(r) ? law.scale : kLog2e, greedy);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (!wanted[r] || lane_index() != 0) continue;
+      const int place =
+          is_target(r) ? span.target(row(r)) : context.params.num_nodes + span.draft(row(r) - num_targets);
+      shared.stats[place] = stats[r];
+    }
+  }
+}
+
+// What is read of a span: no row where tokens are drawn from the target's laws as they are.
+template <LogitType kType>
+__device__ __forceinline__ int num_rows_read(const Context<kType>& context) {
+  const Law& law = context.shared.law;
+  const Span& span = context.shared.span;
+  const bool with_draft = context.params.draft_logits != nullptr && !law.greedy;
+  if (!law.greedy && !law.cuts && !with_draft) return 0;
+  return span.num_targets() + (with_draft ? span.num_drafts() : 0);
+}
+
+// What is known of a node's test before statistics are.
+struct Drafted {
+  int token = -1, parent = 0;  // -1: there is none, or the span does not hold its parent
+  float target_logit = 0, draft_logit = 0, uniform = 0;
+};
+
+template <LogitType kType>
+__device__ __forceinline__ Drafted load_drafted(const Context<kType>& context, int node) {
+  const VerifyParams& params = context.params;
+  const Shared& shared = context.shared;
+  Drafted drafted;
+  if (node <= 0 || node >= params.num_nodes) return drafted;
+  drafted.parent = shared.penalties.parents[node];
+  const int token = shared.penalties.tokens[node];
+  if (!shared.span.holds(drafted.parent) || token < 0 || token >= params.vocab_size) return drafted;
+  drafted.token = token;
+  if (params.draft_logits != nullptr && !shared.law.greedy) {
+    drafted.target_logit = context.target_row(drafted.parent)[token];
+    drafted.draft_logit = context.draft_row(shared.tree[drafted.parent].inner_row)[token];
+    drafted.uniform = accept_uniform(context.key(Stream::kAccept, node));
+  }
+  return drafted;
+}
+
+// From the statistics of a node's parent to its test, or to where the argmax leads.
+template <LogitType kType>
+__device__ __forceinline__ void prepare_test(const Context<kType>& context, int node, const Drafted& drafted) {
+  const VerifyParams& params = context.params;
+  Shared& shared = context.shared;
+  const Law& law = shared.law;
+  const int parent = drafted.parent;
+  const RowStats row = shared.stats[parent];
+  if (law.greedy) {
+    if (row.valid && row.argmax == drafted.token) atomicMin(&shared.next[parent], node);
+  } else if (params.draft_logits != nullptr) {
+    const RowStats other = shared.stats[params.num_nodes + shared.tree[parent].inner_row];
+    const int depth = shared.tree[parent].depth;
+    float logit = drafted.target_logit;
+    if (__builtin_expect(shared.penalties.touch(depth), false)) {
+      logit = penalise({logit}, shared.penalties, drafted.token, parent, depth, params.vocab_size).x;
+    }
+    const float p = row.weight(law.scale, logit) * row.inverse_mass;
+    const float q = other.weight(kLog2e, drafted.draft_logit) * other.inverse_mass;
+    if (row.valid && other.valid) shared.tests[node] = {p, q, drafted.uniform, drafted.token};
+  }
+}
+
 // Statistics of the rows of a span, and the tests of the children of its nodes.
 template <LogitType kType>
 __device__ __forceinline__ void read(const Context<kType>& context) {
   const VerifyParams& params = context.params;
   Shared& shared = context.shared;
   const Span& span = shared.span;
-  const int num_targets = span.num_targets(), num_slices = params.slicing.num_slices;
   const Law& law = shared.law;
-  const bool greedy = law.greedy, cuts = law.cuts, with_draft = params.draft_logits != nullptr && !greedy;
-  if (!greedy && !cuts && !with_draft) {  // draws only
-    __syncthreads();                       // no warp may go on to the walk while another still asks what is needed
-    return;
-  }
-  const int num_rows = num_targets + (with_draft ? span.num_drafts() : 0);
+  const bool cuts = law.cuts;
+  const int num_targets = span.num_targets(), num_rows = num_rows_read(context);
 
   send_slices(context, num_rows);
   context.note_first(Mark::kRead);
@@ -353,41 +469,16 @@ __device__ __forceinline__ void read(const Context<kType>& context) {
       }
     }
   }
-  // What the test of a node reads, if this span holds its parent.
+  // The last warps have the fewest rows to receive.
   const int node = kThreads - 1 - static_cast<int>(threadIdx.x);
-  Test test = {0, 0, 0, -1};
-  float target_logit = 0, draft_logit = 0;
-  int parent = 0;
-  bool tested = node > 0 && node < params.num_nodes;
-  if (tested) {
-    parent = shared.penalties.parents[node];
-    test.token = shared.penalties.tokens[node];
-    tested = span.holds(parent) && test.token >= 0 && test.token < params.vocab_size;
-  }
-  if (tested && with_draft) {
-    target_logit = context.target_row(parent)[test.token];
-    draft_logit = context.draft_row(shared.tree[parent].inner_row)[test.token];
-    test.uniform = accept_uniform(context.key(Stream::kAccept, node));
-  }
-
-#pragma unroll 1
-  for (int row = warp_index() + (cuts ? num_targets : 0); row < num_rows; row += kWarps) {
-    const bool is_target = row < num_targets;
-    if (is_target && !is_read(context, span.target(row))) continue;
-    uint64_t contents[kMaxSlices / 32];
-    const auto inside = [&](int i) { return lane_index() + 32 * i < num_slices; };
-    const Message* const from = context.about_slice(0, row, lane_index());
-    receive(contents, context.number(), inside, [&](int i) { return from + 32 * i; });
-    TileStats slices[kMaxSlices / 32];
-#pragma unroll
-    for (int i = 0; i < kMaxSlices / 32; ++i) {
-      slices[i] = {-kInfinity, 0.0f};
-      if (inside(i)) slices[i] = {first_of(contents[i]), second_of(contents[i])};
-    }
-    const RowStats stats = merge_slices(slices, is_target ? law.scale : kLog2e, greedy);
-    if (lane_index() == 0) {
-      shared.stats[is_target ? span.target(row) : params.num_nodes + span.draft(row - num_targets)] = stats;
-    }
+  const Drafted drafted = load_drafted(context, node);
+  const int first = cuts ? num_targets : 0;
+  if (params.slicing.num_slices > 64) {
+    receive_rows<1, 4>(context, first, num_rows);
+  } else if (num_rows - first > kWarps) {
+    receive_rows<2, 2>(context, first, num_rows);
+  } else {
+    receive_rows<1, 2>(context, first, num_rows);
   }
   if (cuts && node < num_targets) {
     uint64_t contents[2];
@@ -396,25 +487,13 @@ __device__ __forceinline__ void read(const Context<kType>& context) {
         first_of(contents[0]), second_of(contents[0]), law.min_p, first_of(contents[1]), 0, second_of(contents[1]) > 0};
   }
   __syncthreads();
-  if (node < params.num_nodes && span.holds(node) && is_read(context, node)) {
-    shared.known[node] = shared.stats[node].valid ? Known::kYes : Known::kInvalid;
-  }
-  if (tested) {
-    const RowStats row = shared.stats[parent];
-    if (with_draft) {
-      const RowStats other = shared.stats[params.num_nodes + shared.tree[parent].inner_row];
-      const int depth = shared.tree[parent].depth;
-      if (shared.penalties.touch(depth)) {
-        target_logit = penalise({target_logit}, shared.penalties, test.token, parent, depth, params.vocab_size).x;
-      }
-      test.p = row.weight(law.scale, target_logit) * row.inverse_mass;
-      test.q = other.weight(kLog2e, draft_logit) * other.inverse_mass;
-      if (row.valid && other.valid) shared.tests[node] = test;
-    } else if (greedy && row.valid && row.argmax == test.token) {
-      atomicMin(&shared.next[parent], node);
+  if (num_rows > 0) {
+    if (node < params.num_nodes && span.holds(node) && is_read(context, node)) {
+      shared.known[node] = shared.stats[node].valid ? Known::kYes : Known::kInvalid;
     }
+    if (drafted.token >= 0) prepare_test(context, node, drafted);
+    __syncthreads();
   }
-  __syncthreads();
   context.note_first(Mark::kStatistics);
 }
 
@@ -458,7 +537,9 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
     const int first = tile * kTile + phase * kPhase + lane_index() * 4;
     float4 x = row.load(first, vector), y = {};
     if (subtract) y = other.load(first, other_vector);
-    if (penalised) x = penalise(x, shared.penalties, first, request.node, depth, params.vocab_size);
+    if (__builtin_expect(penalised, false)) {
+      x = penalise(x, shared.penalties, first, request.node, depth, params.vocab_size);
+    }
     Partial found = {0, 0, {-1.0f, params.vocab_size}};
     if (bare) {
       found.left = warp_max(fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)));
@@ -583,20 +664,22 @@ __device__ __forceinline__ void pass(const Context<kType>& context) {
   __syncthreads();
 }
 
+// By one warp.
 __device__ __forceinline__ void write(const VerifyParams& params, const Shared& shared, int sequence) {
   const Decision decision = shared.walk.decision;
   const int depth = shared.tree[decision.stop].depth;
-  const int place = static_cast<int>(threadIdx.x);
-  if (place <= params.max_depth) {
-    int node = decision.stop;
-    for (int above = depth; above > place; --above) node = shared.penalties.parents[node];
-    params.path[static_cast<int64_t>(sequence) * (params.max_depth + 1) + place] = node;
-  }
-  if (threadIdx.x == kThreads - 1) {
-    const bool invalid = shared.known[decision.stop] == Known::kInvalid;
+  const bool invalid = shared.known[decision.stop] == Known::kInvalid;
+  if (lane_index() == 0) {
     params.num_accepted[sequence] = depth;
     params.next_token[sequence] = invalid ? -1 : decision.next;
     params.invalid[sequence] = invalid;
+  }
+#pragma unroll 1
+  for (int place = lane_index(); place <= params.max_depth; place += 32) {
+    int node = decision.stop;
+#pragma unroll 1
+    for (int above = depth; above > place; --above) node = shared.penalties.parents[node];
+    params.path[static_cast<int64_t>(sequence) * (params.max_depth + 1) + place] = node;
   }
 }
 
@@ -604,21 +687,26 @@ template <LogitType kType>
 __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_constant__ VerifyParams params) {
   __shared__ Shared shared;
   const Context<kType> context(params, shared);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
   context.note(Mark::kStart);
 
   load_sequence(context);
   __syncthreads();
   do {
     shared.walk.need == Need::kRead ? read(context) : pass(context);
-    if (warp_index() == 0) Walk(params, shared).resume();
+    if (warp_index() == 0) {
+      const Need need = Walk(params, shared).resume();
+      if (context.rank() == 0 && need == Need::kNothing) {
+        context.note(Mark::kWalk);
+        write(params, shared, context.sequence());
+        // All blocks have sent something, so all have seen the old number.
+        if (lane_index() == 0) context.header()->content = shared.epoch + 1;
+      }
+    }
     __syncthreads();
   } while (shared.walk.need != Need::kNothing);
-  context.note(Mark::kWalk);
-  if (context.rank() == 0) {
-    write(params, shared, context.sequence());
-    // All blocks have sent something, so all have seen the old number.
-    if (threadIdx.x == 0) context.header()->content = shared.epoch + 1;
-  }
   context.note(Mark::kEnd);
 }
 
@@ -648,16 +736,25 @@ int verify(const VerifyParams& params, void* stream) {
   const int group_size = std::min(params.group_size, params.slicing.num_slices);
   VerifyParams launched = params;
   launched.max_local = (params.slicing.num_slices + group_size - 1) / group_size;
+  // From sm_90 on the blocks are set up while the kernel before comes to its end, and wait for it (griddepcontrol).
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   return for_type(params.logit_type, [&](auto type) -> int {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;  // blocks of a group wait for each other
+    cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(group_size, params.batch_size);
     config.blockDim = dim3(kThreads);
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = group_size > 1 ? 1 : 0;
+    config.attrs = attributes;
+    if (major >= 9) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (group_size > 1) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+      attributes[config.numAttrs++].val.cooperative = 1;  // blocks of a group wait for each other
+    }
     return cudaLaunchKernelEx(&config, verify_kernel<decltype(type)::value>, launched);
   });
 }

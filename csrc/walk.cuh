@@ -142,21 +142,33 @@ struct Shared {
 };
 
 // The walk over the tree, by the first warp of a block. It stops wherever it needs the whole group, and is called again
-// with what the group found; `phase` says where it stopped.
+// with what the group found; `phase` says where it stopped. Where it stands is every lane's own, in registers; the
+// first lane's is handed on.
 class Walk {
  public:
   __device__ __forceinline__ Walk(const VerifyParams& params, Shared& shared)
       : params_(params), shared_(shared), at_(shared.walk) {}
 
-  __device__ __forceinline__ void start() {
-    at_ = {};
-    shared_.span = Span(params_);
-    at_.limit = params_.num_nodes - 1;
-    at_.length = -1;
+  __device__ __forceinline__ static void start(const VerifyParams& params, Shared& shared) {
+    WalkState at = {};
+    at.limit = params.num_nodes - 1;
+    at.length = -1;
+    shared.walk = at;
+    shared.span = Span(params);
   }
 
-  __device__ __forceinline__ void resume() {
-    if (lane_index() == 0) ++(at_.need == Need::kRead ? at_.reads : at_.passes);
+  // Returns what the walk needs next.
+  __device__ __forceinline__ Need resume() {
+    ++(at_.need == Need::kRead ? at_.reads : at_.passes);
+    __syncwarp();  // before the first lane changes it
+    step();
+    if (lane_index() == 0) shared_.walk = at_;
+    __syncwarp();
+    return shared_.walk.need;
+  }
+
+ private:
+  __device__ __forceinline__ void step() {
     if (shared_.law.greedy || params_.draft_logits == nullptr) {
       if (lane_index() == 0) match();
     } else if (params_.rule == Rule::kBlock) {
@@ -166,7 +178,6 @@ class Walk {
     }
   }
 
- private:
   __device__ __forceinline__ void read(int node) {
     at_.need = Need::kRead, at_.node = node;
     shared_.span = Span(node, shared_.tree[node]);
@@ -199,6 +210,7 @@ class Walk {
   // Temperature 0, target-only and drafter-invariant: one token per row, followed while it is a child.
   __device__ __forceinline__ void match() {
     if (at_.phase == Phase::kDraw) {
+#pragma unroll 1
       for (int i = 0; i < shared_.num_requests; ++i) {
         shared_.drawn[shared_.requests[i].node] = shared_.found[i].best.token;
       }
@@ -218,6 +230,7 @@ class Walk {
       if (token < 0) return end_with(node, {0, -1});
       int child = shared_.tree[node].first_child;
       const int end = child + shared_.tree[node].num_children;
+#pragma unroll 1
       while (child < end && shared_.penalties.tokens[child] != token) ++child;
       if (child == end) return finish(node, token);
       node = child;
@@ -231,8 +244,10 @@ class Walk {
     int count = 0;
     const auto push = [&](int one) { shared_.requests[count++] = {one, 1.0f, 0.0f, 0, true, bare(), stream}; };
     push(node);
+#pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const TreeNode& place = shared_.tree[shared_.requests[i].node];
+#pragma unroll 1
       for (int child = place.first_child; child < place.first_child + place.num_children; ++child) {
         if (count == kMaxRequests) break;
         if (shared_.penalties.tokens[child] >= 0 && (bare() || shared_.known[child] == Known::kYes)) push(child);
@@ -261,8 +276,8 @@ class Walk {
       const bool drafted = inside && known != Known::kNo && test.token >= 0;
       float bound = 1;
       float factor = test.q > 0 ? fminf(__fdividef(test.p, test.q), kHugeRatio) : (test.p > 0 ? kHugeRatio : 0.0f);
-#pragma unroll
-      for (int offset = 1; offset < 32; offset *= 2) {
+#pragma unroll 1
+      for (int offset = 1; offset < min(32, limit - base); offset *= 2) {
         const float before = __shfl_up_sync(kAllLanes, bound, offset);
         const float factors = __shfl_up_sync(kAllLanes, factor, offset);
         if (lane_index() >= offset) {
@@ -296,27 +311,20 @@ class Walk {
   // Chain, block verification (Sun et al. 2403.10444): the last i whose test u_i <= h_i succeeds. Sums and draws of
   // several nodes are asked for at once. All lanes scan; the first one decides.
   __device__ __forceinline__ void block_verification() {
-    const Phase phase = at_.phase;
-    __syncwarp();  // before lane 0 changes it
-    if (phase == Phase::kLastDraw) {
-      if (lane_index() == 0) end_with(at_.node, shared_.found[0].best);
+    const bool writes = lane_index() == 0;
+    if (at_.phase == Phase::kLastDraw) {
+      if (writes) end_with(at_.node, shared_.found[0].best);
       return;
     }
-    int ended = 0;
-    if (phase == Phase::kDraw && lane_index() == 0) ended = test_found();
-    if (__shfl_sync(kAllLanes, ended, 0)) return;
-    __syncwarp();
-    const int limit = at_.limit, length = at_.length;
-    __syncwarp();
+    if (at_.phase == Phase::kDraw && test_found()) return;
     // h <= r: most tests fail without their sum over the vocabulary.
-    const Candidates last = candidates(limit);
+    const Candidates last = candidates(at_.limit);
     const int highest = last.count > 0 ? shared_.passing_node[last.count - 1] : 0;
-    const bool writes = lane_index() == 0;
     if (!last.known) {
       if (writes) read(last.end);
       return;
     }
-    if (highest == (length < 0 ? last.end : length)) {
+    if (highest == (at_.length < 0 ? last.end : at_.length)) {
       if (writes) emit(highest);
       return;
     }
@@ -333,28 +341,33 @@ class Walk {
                                  Stream::kEmit};
     }
     if (writes) {
-      if (length < 0) at_.length = last.end;
+      if (at_.length < 0) at_.length = last.end;
       at_.need = Need::kPass, at_.phase = Phase::kDraw;
       shared_.num_requests = min(last.count + 1, kMaxRequests);
     }
   }
 
-  // Whether one of the tests decides.
+  // Whether one of the tests decides: the first that succeeds, a lane for each.
   __device__ __forceinline__ bool test_found() {
-    for (int i = 0; i < shared_.num_requests; ++i) {
-      const Request& request = shared_.requests[i];
-      const Partial& found = shared_.found[i];
-      if (request.node > 0) {
-        const float denominator = found.sum + (1 - request.a);
-        const float h = denominator > 0 ? found.sum / denominator : 1.0f;
-        if (!(shared_.tests[request.node].uniform <= h)) continue;
-      }
-      found.sum > kRounding ? finish(request.node, found.best.token) : emit(request.node);
-      return true;
+    const int count = shared_.num_requests, index = min(lane_index(), count - 1);
+    const int node = shared_.requests[index].node;
+    const Partial found = shared_.found[index];
+    const float denominator = found.sum + (1 - shared_.requests[index].a);
+    const float h = denominator > 0 ? __fdividef(found.sum, denominator) : 1.0f;
+    const bool succeeds = node == 0 || shared_.tests[node].uniform <= h;
+    const uint32_t decides = __ballot_sync(kAllLanes, lane_index() < count && succeeds);
+    if (decides == 0) {
+      at_.phase = Phase::kArrive;
+      at_.limit = __shfl_sync(kAllLanes, node, count - 1) - 1;
+      return false;
     }
-    at_.phase = Phase::kArrive;
-    at_.limit = shared_.requests[shared_.num_requests - 1].node - 1;
-    return false;
+    const int first = __ffs(static_cast<int>(decides)) - 1;
+    if (lane_index() == 0) {
+      const int stop = shared_.requests[first].node;
+      const Partial& there = shared_.found[first];
+      there.sum > kRounding ? finish(stop, there.best.token) : emit(stop);
+    }
+    return true;
   }
 
   // Top-down tests of siblings drawn without replacement (RSD 2402.14160); a chain has one child each.
@@ -393,7 +406,9 @@ class Walk {
         at_.mass = at_.left = 1, at_.c = at_.previous = 0, at_.num_removed = 0;
         at_.phase = Phase::kTest;
       }
+#pragma unroll 1
       while (last >= at_.child && shared_.tests[last].token < 0) --last;
+#pragma unroll 1
       for (; at_.child <= last; ++at_.child) {
         const Test test = shared_.tests[at_.child];
         if (test.token < 0) continue;
@@ -416,6 +431,7 @@ class Walk {
   // Accepts with probability min(1, (p / mass) / (q / left)), or removes the token.
   __device__ __forceinline__ bool accepts(const Test& test) {
     float q = test.q, taken = at_.c;
+#pragma unroll 1
     for (int j = 0; j < at_.num_removed; ++j) {
       if (shared_.removed_token[j] == test.token) taken = shared_.removed_scale[j], q = 0;
     }
@@ -438,7 +454,7 @@ class Walk {
 
   const VerifyParams& params_;
   Shared& shared_;
-  WalkState& at_;
+  WalkState at_;
 };
 
 }  // namespace fastspec
