@@ -192,7 +192,6 @@ __device__ __forceinline__ void load_tile(const Context<kType>& context, const S
 // three; if all of them are taken, what it knows of the next is that the third was no less.
 struct LargestThree {
   float first = -kInfinity, second = -kInfinity, third = -kInfinity;
-  int taken = 0;
 
   __device__ __forceinline__ void add(float x) {
     const float rest = fminf(first, x);
@@ -207,24 +206,24 @@ struct LargestThree {
   }
 
   // Up to eight of the largest of all lanes, the i-th to lane i, and no less than all the others to every lane.
-  __device__ __forceinline__ float take(float& others) {
-    float mine = -kInfinity;
-    bool open = true;  // no lane has run out
+  __device__ __forceinline__ float take(float& others) const {
+    uint32_t key = ordered_key(first), next = ordered_key(second), last = ordered_key(third),
+             mine = ordered_key(-kInfinity);
+    int taken = 0;
+    uint32_t exhausted = 0;  // lanes of which all three are taken: what they have left is no logit, but a bound
 #pragma unroll 1
     for (int i = 0; i < kListed; ++i) {
-      const uint32_t key = ordered_key(first);
       const uint32_t top = __reduce_max_sync(kAllLanes, key);
-      const uint32_t holders = __ballot_sync(kAllLanes, key == top);
-      const bool holds = lane_index() == __ffs(static_cast<int>(holders)) - 1;
-      if (__any_sync(kAllLanes, holds && taken == 3)) open = false;  // no logit, but a bound of those not kept
-      if (!open) break;
-      if (lane_index() == i) mine = from_ordered_key(top);
-      if (holds) {
-        if (++taken < 3) first = second, second = third;
+      const uint32_t holders = __ballot_sync(kAllLanes, key == top), holder = holders & (0u - holders);
+      if (holder & exhausted) break;
+      if (lane_index() == i) mine = top;
+      if (holder == 1u << lane_index()) {
+        if (++taken < 3) key = next, next = last;
       }
+      exhausted = __ballot_sync(kAllLanes, taken == 3);
     }
-    others = warp_max(first);
-    return mine;
+    others = from_ordered_key(__reduce_max_sync(kAllLanes, key));
+    return from_ordered_key(mine);
   }
 };
 
