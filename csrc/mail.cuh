@@ -48,7 +48,8 @@ __device__ __forceinline__ Message look(const Message* at) {
   return message;
 }
 
-// Waits for the messages at `at(i)` where `wanted(i)`, all of the same exchange; the others are left alone.
+// Waits for the messages at `at(i)` where `wanted(i)`, all of the same exchange. The others are read as well, so that
+// there is no branch and no register waits for a load that may not come; what they say is of no meaning.
 template <int kCount, typename Wanted, typename At>
 __device__ __forceinline__ void receive(uint64_t (&contents)[kCount], uint64_t number, Wanted wanted, At at) {
   Patience patience("a message of exchange", static_cast<int>(number & 0xffff));
@@ -57,13 +58,10 @@ __device__ __forceinline__ void receive(uint64_t (&contents)[kCount], uint64_t n
     missing = false;
     Message messages[kCount];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (wanted(i)) messages[i] = look(at(i));
-    }
+    for (int i = 0; i < kCount; ++i) messages[i] = look(at(i));
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (!wanted(i)) continue;
-      missing |= messages[i].number != number;
+      missing |= wanted(i) && messages[i].number != number;
       contents[i] = messages[i].content;
     }
     patience.poll();

@@ -318,7 +318,7 @@ __device__ __forceinline__ RowStats find_threshold(const Context<kType>& context
   uint64_t contents[kMost];
   const Message* from[kMost];
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) from[i] = context.about_slice(kind(i), row, slice);
+  for (int i = 0; i < kMost; ++i) from[i] = context.about_slice(min(kind(i), kKinds - 1), row, slice);
   receive(contents, context.number(), inside, [&](int i) { return from[i]; });
 #pragma unroll
   for (int i = 0; i < kMost; ++i) {
@@ -719,7 +719,8 @@ Slicing::Slicing(int vocab_size) {
 
 int64_t verify_mail_size(int num_rows, int vocab_size) {
   const int slices = Slicing(vocab_size).num_slices;
-  return 1 + 2 * (kKinds * num_rows * slices + 2 * num_rows + 2 * kMaxRequests * slices);
+  // After the last message may be read, though not used, what would be of slices that do not exist.
+  return 1 + kMaxSlices + 2 * (kKinds * num_rows * slices + 2 * num_rows + 2 * kMaxRequests * slices);
 }
 
 int verify_group_size(int batch_size, int vocab_size) {
