@@ -76,6 +76,7 @@ struct VerifyParams {
   int group_size;  // blocks per sequence
   Slicing slicing;
   int max_local = 0;  // slices of a block at most; verify() sets it
+  bool draws_last = false;  // whether the draw after the last node is made with the first read; verify() sets it
   void* mail;         // [B, mail_size] messages, zeros before the first launch; launches must not overlap
   int64_t mail_size;  // verify_mail_size() of mail_rows
   int mail_rows;      // about which there is room for messages at a time

@@ -30,6 +30,7 @@ namespace fastspec {
 namespace {
 
 constexpr int kPhases = 4;            // warps that share a slice in a pass
+constexpr int kTeams = kWarps / kPhases;
 constexpr int kPhase = kTile / kPhases;  // tokens of a tile that each takes, four per lane
 constexpr int kKinds = kListed / 2 + 1;  // messages about a slice of a row that is cut; else it is one
 
@@ -76,7 +77,7 @@ struct Context {
     Message* const about_rows = all + 2 * kKinds * params.mail_rows * slices;
     Message* const about_parts = about_rows + 4 * params.mail_rows;
     shared.mail[half] = {all + half * kKinds * params.mail_rows * slices, about_rows + half * 2 * params.mail_rows,
-                         about_parts + half * 2 * kMaxRequests * slices};
+                         about_parts + half * 2 * kNumRequests * slices};
   }
   __device__ __forceinline__ Message* about_slice(int kind, int row, int slice) const {
     return shared.mail[half()].slices + ((kind * params.mail_rows + row) * params.slicing.num_slices + slice);
@@ -85,7 +86,11 @@ struct Context {
     return shared.mail[half()].rows + (kind * params.mail_rows + row);
   }
   __device__ __forceinline__ Message* about_part(int kind, int request, int slice) const {
-    return shared.mail[half()].parts + ((kind * kMaxRequests + request) * params.slicing.num_slices + slice);
+    return shared.mail[half()].parts + ((kind * kNumRequests + request) * params.slicing.num_slices + slice);
+  }
+  // Whether the draw after the last node is made with this read.
+  __device__ __forceinline__ bool draws_last() const {
+    return params.draws_last && shared.walk.reads == 0 && !shared.law.greedy && !shared.law.cuts;
   }
   // The number of the exchange that is under way, and which half it uses.
   __device__ __forceinline__ uint64_t number() const {
@@ -389,113 +394,6 @@ __device__ __forceinline__ void receive_rows(const Context<kType>& context, int 
   }
 }
 
-// What is read of a span: no row where tokens are drawn from the target's laws as they are.
-template <LogitType kType>
-__device__ __forceinline__ int num_rows_read(const Context<kType>& context) {
-  const Law& law = context.shared.law;
-  const Span& span = context.shared.span;
-  const bool with_draft = context.params.draft_logits != nullptr && !law.greedy;
-  if (!law.greedy && !law.cuts && !with_draft) return 0;
-  return span.num_targets() + (with_draft ? span.num_drafts() : 0);
-}
-
-// What is known of a node's test before statistics are.
-struct Drafted {
-  int token = -1, parent = 0;  // -1: there is none, or the span does not hold its parent
-  float target_logit = 0, draft_logit = 0, uniform = 0;
-};
-
-template <LogitType kType>
-__device__ __forceinline__ Drafted load_drafted(const Context<kType>& context, int node) {
-  const VerifyParams& params = context.params;
-  const Shared& shared = context.shared;
-  Drafted drafted;
-  if (node <= 0 || node >= params.num_nodes) return drafted;
-  drafted.parent = shared.penalties.parents[node];
-  const int token = shared.penalties.tokens[node];
-  if (!shared.span.holds(drafted.parent) || token < 0 || token >= params.vocab_size) return drafted;
-  drafted.token = token;
-  if (params.draft_logits != nullptr && !shared.law.greedy) {
-    drafted.target_logit = context.target_row(drafted.parent)[token];
-    drafted.draft_logit = context.draft_row(shared.tree[drafted.parent].inner_row)[token];
-    drafted.uniform = accept_uniform(context.key(Stream::kAccept, node));
-  }
-  return drafted;
-}
-
-// From the statistics of a node's parent to its test, or to where the argmax leads.
-template <LogitType kType>
-__device__ __forceinline__ void prepare_test(const Context<kType>& context, int node, const Drafted& drafted) {
-  const VerifyParams& params = context.params;
-  Shared& shared = context.shared;
-  const Law& law = shared.law;
-  const int parent = drafted.parent;
-  const RowStats row = shared.stats[parent];
-  if (law.greedy) {
-    if (row.valid && row.argmax == drafted.token) atomicMin(&shared.next[parent], node);
-  } else if (params.draft_logits != nullptr) {
-    const RowStats other = shared.stats[params.num_nodes + shared.tree[parent].inner_row];
-    const int depth = shared.tree[parent].depth;
-    float logit = drafted.target_logit;
-    if (__builtin_expect(shared.penalties.touch(depth), false)) {
-      logit = penalise({logit}, shared.penalties, drafted.token, parent, depth, params.vocab_size).x;
-    }
-    const float p = row.weight(law.scale, logit) * row.inverse_mass;
-    const float q = other.weight(kLog2e, drafted.draft_logit) * other.inverse_mass;
-    if (row.valid && other.valid) shared.tests[node] = {p, q, drafted.uniform, drafted.token};
-  }
-}
-
-// Statistics of the rows of a span, and the tests of the children of its nodes.
-template <LogitType kType>
-__device__ __forceinline__ void read(const Context<kType>& context) {
-  const VerifyParams& params = context.params;
-  Shared& shared = context.shared;
-  const Span& span = shared.span;
-  const Law& law = shared.law;
-  const bool cuts = law.cuts;
-  const int num_targets = span.num_targets(), num_rows = num_rows_read(context);
-
-  send_slices(context, num_rows);
-  context.note_first(Mark::kRead);
-  if (cuts) {
-#pragma unroll 1
-    for (int row = context.rank(); row < num_targets; row += context.group_size()) {
-      const RowStats stats = find_threshold(context, row, span.target(row));
-      if (threadIdx.x == 0) {
-        send(context.about_row(0, row), content_of(stats.maximum, stats.threshold), context.number());
-        send(context.about_row(1, row), content_of(stats.inverse_mass, stats.valid ? 1.0f : 0.0f), context.number());
-      }
-    }
-  }
-  // The last warps have the fewest rows to receive.
-  const int node = kThreads - 1 - static_cast<int>(threadIdx.x);
-  const Drafted drafted = load_drafted(context, node);
-  const int first = cuts ? num_targets : 0;
-  if (params.slicing.num_slices > 64) {
-    receive_rows<1, 4>(context, first, num_rows);
-  } else if (num_rows - first > kWarps) {
-    receive_rows<2, 2>(context, first, num_rows);
-  } else {
-    receive_rows<1, 2>(context, first, num_rows);
-  }
-  if (cuts && node < num_targets) {
-    uint64_t contents[2];
-    receive(contents, context.number(), [](int) { return true; }, [&](int i) { return context.about_row(i, node); });
-    shared.stats[span.target(node)] = {
-        first_of(contents[0]), second_of(contents[0]), law.min_p, first_of(contents[1]), 0, second_of(contents[1]) > 0};
-  }
-  __syncthreads();
-  if (num_rows > 0) {
-    if (node < params.num_nodes && span.holds(node) && is_read(context, node)) {
-      shared.known[node] = shared.stats[node].valid ? Known::kYes : Known::kInvalid;
-    }
-    if (drafted.token >= 0) prepare_test(context, node, drafted);
-    __syncthreads();
-  }
-  context.note_first(Mark::kStatistics);
-}
-
 // Two parts of a row together; the second is of later tokens.
 __device__ __forceinline__ Partial join(Partial a, Partial b, bool bare, float scale) {
   if (!bare) return {a.sum + b.sum, a.left + b.left, better(a.best, b.best)};
@@ -506,14 +404,15 @@ __device__ __forceinline__ Partial join(Partial a, Partial b, bool bare, float s
   return {a.sum * share_a + b.sum * share_b, maximum, better(a.best, b.best)};
 }
 
-// A warp's part of a slice.
-template <LogitType kType>
+// A warp's part of a slice, of a row whose statistics are known or, kBare, of its law as it is.
+template <bool kBare, LogitType kType>
 __device__ __forceinline__ Partial pass_over(const Context<kType>& context, const Request& request, int slice,
                                              int phase) {
   const VerifyParams& params = context.params;
   const Shared& shared = context.shared;
   const float scale = shared.law.scale, c = request.c;
-  const bool subtract = c > 0, bare = request.bare;
+  constexpr bool bare = kBare;
+  const bool subtract = !kBare && c > 0;
   const Row<kType> row = context.target_row(request.node);
   const int inner_row = subtract ? shared.tree[request.node].inner_row : 0;
   const DraftRow other = context.draft_row(inner_row);
@@ -589,78 +488,215 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
   return result;
 }
 
+// The parts that a team's warps have found in a slice together, sent to all.
+template <LogitType kType>
+__device__ __forceinline__ void send_part(const Context<kType>& context, const Partial& part, bool bare, int index,
+                                          int slice) {
+  Shared& shared = context.shared;
+  const int team = warp_index() / kPhases;
+  if (lane_index() == 0) shared.parts[warp_index()] = part;
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * kPhases) : "memory");
+  if (warp_index() % kPhases == 0) {
+    // Four lanes take a part each and fold them, in one order.
+    const float scale = shared.law.scale;
+    Partial whole = shared.parts[warp_index() + lane_index() % kPhases];
+#pragma unroll
+    for (int step = 1; step < kPhases; step *= 2) {
+      const Partial other = {
+          __shfl_down_sync(kAllLanes, whole.sum, step),
+          __shfl_down_sync(kAllLanes, whole.left, step),
+          {__shfl_down_sync(kAllLanes, whole.best.score, step), __shfl_down_sync(kAllLanes, whole.best.token, step)}};
+      whole = join(whole, other, bare, scale);
+    }
+    // Lane 1 sends the second half of what lane 0 has found.
+    const float score = __shfl_sync(kAllLanes, whole.best.score, 0);
+    const int token = __shfl_sync(kAllLanes, whole.best.token, 0);
+    const bool first = lane_index() == 0;
+    if (lane_index() < 2) {
+      send(context.about_part(lane_index(), index, slice),
+           first ? content_of(whole.sum, whole.left) : content_of(score, __int_as_float(token)), context.number());
+    }
+  }
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * kPhases) : "memory");
+}
+
+// What the whole group has found, by a warp.
+template <LogitType kType>
+__device__ __forceinline__ void receive_part(const Context<kType>& context, bool bare, int index) {
+  constexpr int kAtOnce = 2;  // slices of a lane
+  const int num_slices = context.params.slicing.num_slices;
+  const float scale = context.shared.law.scale;
+  Partial found = {0, bare ? -kInfinity : 0.0f, {-1.0f, context.params.vocab_size}};
+#pragma unroll 1
+  for (int first = lane_index(); first < num_slices; first += 32 * kAtOnce) {
+    uint64_t contents[2 * kAtOnce];
+    const auto slice = [&](int i) { return first + 32 * (i % kAtOnce); };
+    const Message* const from[2] = {context.about_part(0, index, first), context.about_part(1, index, first)};
+    receive(
+        contents, context.number(), [&](int i) { return slice(i) < num_slices; },
+        [&](int i) { return from[i / kAtOnce] + 32 * (i % kAtOnce); });
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (slice(i) >= num_slices) continue;
+      const uint64_t best = contents[kAtOnce + i];
+      found = join(found,
+                   {first_of(contents[i]), second_of(contents[i]), {first_of(best), __float_as_int(second_of(best))}},
+                   bare, scale);
+    }
+  }
+  __syncwarp();
+  if (bare) {
+    const float maximum = warp_max(found.left);
+    const float share = found.left > -kInfinity ? exp2_fast((found.left - maximum) * scale) : 0.0f;
+    found.sum *= share, found.best.score *= share, found.left = maximum;
+  } else {
+    found.left = warp_sum(found.left);
+  }
+  found.sum = warp_sum(found.sum);
+  found.best = warp_best(found.best);
+  if (bare && !(found.sum > 0)) found.best.token = -1;  // NaN, +inf or nothing: no law
+  if (lane_index() == 0) context.shared.found[index] = found;
+}
+
 // The whole group's passes over rows; every block is told what was found.
 template <LogitType kType>
 __device__ __forceinline__ void pass(const Context<kType>& context) {
-  Shared& shared = context.shared;
-  const int num_requests = shared.num_requests, num_slices = context.params.slicing.num_slices;
-  const float scale = shared.law.scale;
+  const Shared& shared = context.shared;
   const int team = warp_index() / kPhases, phase = warp_index() % kPhases;
 #pragma unroll 1
-  for (Items items(team, kWarps / kPhases, context.num_local()); items.row < num_requests; items.advance()) {
+  for (Items items(team, kTeams, context.num_local()); items.row < shared.num_requests; items.advance()) {
     const int index = items.row, slice = context.slice(items.local);
     const Request request = shared.requests[index];
-    const Partial part = pass_over(context, request, slice, phase);
-    if (lane_index() == 0) shared.parts[warp_index()] = part;
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * kPhases) : "memory");
-    if (phase == 0) {
-      // Four lanes take a part each and fold them, in one order.
-      Partial whole = shared.parts[warp_index() + lane_index() % kPhases];
-#pragma unroll
-      for (int step = 1; step < kPhases; step *= 2) {
-        const Partial other = {
-            __shfl_down_sync(kAllLanes, whole.sum, step),
-            __shfl_down_sync(kAllLanes, whole.left, step),
-            {__shfl_down_sync(kAllLanes, whole.best.score, step), __shfl_down_sync(kAllLanes, whole.best.token, step)}};
-        whole = join(whole, other, request.bare, scale);
-      }
-      // Lane 1 sends the second half of what lane 0 has found.
-      const float score = __shfl_sync(kAllLanes, whole.best.score, 0);
-      const int token = __shfl_sync(kAllLanes, whole.best.token, 0);
-      const bool first = lane_index() == 0;
-      if (lane_index() < 2) {
-        send(context.about_part(lane_index(), index, slice),
-             first ? content_of(whole.sum, whole.left) : content_of(score, __int_as_float(token)), context.number());
-      }
-    }
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * kPhases) : "memory");
+    const Partial part = request.bare ? pass_over<true>(context, request, slice, phase)
+                                      : pass_over<false>(context, request, slice, phase);
+    send_part(context, part, request.bare, index, slice);
   }
-  if (warp_index() < num_requests) {
-    constexpr int kAtOnce = 2;  // slices of a lane
-    const int index = warp_index();
-    const bool bare = shared.requests[index].bare;
-    Partial found = {0, bare ? -kInfinity : 0.0f, {-1.0f, context.params.vocab_size}};
+  const int index = warp_index();
+  if (index < shared.num_requests) receive_part(context, shared.requests[index].bare, index);
+  __syncthreads();
+}
+
+// The draw at the end of a chain is made with the first read, where drafts are good the one that is needed most: from
+// the law as it is, it needs no statistics. The teams begin with the one that has the fewest rows.
+template <LogitType kType>
+__device__ __forceinline__ void send_last(const Context<kType>& context) {
+  const int team = warp_index() / kPhases, phase = warp_index() % kPhases;
+  const Request request = {context.params.num_nodes - 1, 1.0f, 0.0f, 0, true, true, Stream::kEmit};
 #pragma unroll 1
-    for (int first = lane_index(); first < num_slices; first += 32 * kAtOnce) {
-      uint64_t contents[2 * kAtOnce];
-      const auto slice = [&](int i) { return first + 32 * (i % kAtOnce); };
-      const Message* const from[2] = {context.about_part(0, index, first), context.about_part(1, index, first)};
-      receive(
-          contents, context.number(), [&](int i) { return slice(i) < num_slices; },
-          [&](int i) { return from[i / kAtOnce] + 32 * (i % kAtOnce); });
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (slice(i) >= num_slices) continue;
-        const uint64_t best = contents[kAtOnce + i];
-        found = join(found,
-                     {first_of(contents[i]), second_of(contents[i]), {first_of(best), __float_as_int(second_of(best))}},
-                     bare, scale);
+  for (Items items(kTeams - 1 - team, kTeams, context.num_local()); items.row == 0; items.advance()) {
+    const int slice = context.slice(items.local);
+    send_part(context, pass_over<true>(context, request, slice, phase), true, kLastRequest, slice);
+  }
+}
+
+// What is read of a span: no row where tokens are drawn from the target's laws as they are.
+template <LogitType kType>
+__device__ __forceinline__ int num_rows_read(const Context<kType>& context) {
+  const Law& law = context.shared.law;
+  const Span& span = context.shared.span;
+  const bool with_draft = context.params.draft_logits != nullptr && !law.greedy;
+  if (!law.greedy && !law.cuts && !with_draft) return 0;
+  return span.num_targets() + (with_draft ? span.num_drafts() : 0);
+}
+
+// What is known of a node's test before statistics are.
+struct Drafted {
+  int token = -1, parent = 0;  // -1: there is none, or the span does not hold its parent
+  float target_logit = 0, draft_logit = 0, uniform = 0;
+};
+
+template <LogitType kType>
+__device__ __forceinline__ Drafted load_drafted(const Context<kType>& context, int node) {
+  const VerifyParams& params = context.params;
+  const Shared& shared = context.shared;
+  Drafted drafted;
+  if (node <= 0 || node >= params.num_nodes) return drafted;
+  drafted.parent = shared.penalties.parents[node];
+  const int token = shared.penalties.tokens[node];
+  if (!shared.span.holds(drafted.parent) || token < 0 || token >= params.vocab_size) return drafted;
+  drafted.token = token;
+  if (params.draft_logits != nullptr && !shared.law.greedy) {
+    drafted.target_logit = context.target_row(drafted.parent)[token];
+    drafted.draft_logit = context.draft_row(shared.tree[drafted.parent].inner_row)[token];
+    drafted.uniform = accept_uniform(context.key(Stream::kAccept, node));
+  }
+  return drafted;
+}
+
+// From the statistics of a node's parent to its test, or to where the argmax leads.
+template <LogitType kType>
+__device__ __forceinline__ void prepare_test(const Context<kType>& context, int node, const Drafted& drafted) {
+  const VerifyParams& params = context.params;
+  Shared& shared = context.shared;
+  const Law& law = shared.law;
+  const int parent = drafted.parent;
+  const RowStats row = shared.stats[parent];
+  if (law.greedy) {
+    if (row.valid && row.argmax == drafted.token) atomicMin(&shared.next[parent], node);
+  } else if (params.draft_logits != nullptr) {
+    const RowStats other = shared.stats[params.num_nodes + shared.tree[parent].inner_row];
+    const int depth = shared.tree[parent].depth;
+    float logit = drafted.target_logit;
+    if (__builtin_expect(shared.penalties.touch(depth), false)) {
+      logit = penalise({logit}, shared.penalties, drafted.token, parent, depth, params.vocab_size).x;
+    }
+    const float p = row.weight(law.scale, logit) * row.inverse_mass;
+    const float q = other.weight(kLog2e, drafted.draft_logit) * other.inverse_mass;
+    if (row.valid && other.valid) shared.tests[node] = {p, q, drafted.uniform, drafted.token};
+  }
+}
+
+// Statistics of the rows of a span, and the tests of the children of its nodes.
+template <LogitType kType>
+__device__ __forceinline__ void read(const Context<kType>& context) {
+  const VerifyParams& params = context.params;
+  Shared& shared = context.shared;
+  const Span& span = shared.span;
+  const Law& law = shared.law;
+  const bool cuts = law.cuts;
+  const int num_targets = span.num_targets(), num_rows = num_rows_read(context);
+
+  send_slices(context, num_rows);
+  if (context.draws_last()) send_last(context);
+  context.note_first(Mark::kRead);
+  if (cuts) {
+#pragma unroll 1
+    for (int row = context.rank(); row < num_targets; row += context.group_size()) {
+      const RowStats stats = find_threshold(context, row, span.target(row));
+      if (threadIdx.x == 0) {
+        send(context.about_row(0, row), content_of(stats.maximum, stats.threshold), context.number());
+        send(context.about_row(1, row), content_of(stats.inverse_mass, stats.valid ? 1.0f : 0.0f), context.number());
       }
     }
-    __syncwarp();
-    if (bare) {
-      const float maximum = warp_max(found.left);
-      const float share = found.left > -kInfinity ? exp2_fast((found.left - maximum) * scale) : 0.0f;
-      found.sum *= share, found.best.score *= share, found.left = maximum;
-    } else {
-      found.left = warp_sum(found.left);
-    }
-    found.sum = warp_sum(found.sum);
-    found.best = warp_best(found.best);
-    if (bare && !(found.sum > 0)) found.best.token = -1;  // NaN, +inf or nothing: no law
-    if (lane_index() == 0) shared.found[index] = found;
+  }
+  // The last warps have the fewest rows to receive.
+  const int node = kThreads - 1 - static_cast<int>(threadIdx.x);
+  const Drafted drafted = load_drafted(context, node);
+  const int first = cuts ? num_targets : 0;
+  if (params.slicing.num_slices > 64) {
+    receive_rows<1, 4>(context, first, num_rows);
+  } else if (num_rows - first > kWarps) {
+    receive_rows<2, 2>(context, first, num_rows);
+  } else {
+    receive_rows<1, 2>(context, first, num_rows);
+  }
+  // By a warp that has no row, if there is one.
+  if (context.draws_last() && warp_index() == min(num_rows, kWarps - 1)) receive_part(context, true, kLastRequest);
+  if (cuts && node < num_targets) {
+    uint64_t contents[2];
+    receive(contents, context.number(), [](int) { return true; }, [&](int i) { return context.about_row(i, node); });
+    shared.stats[span.target(node)] = {
+        first_of(contents[0]), second_of(contents[0]), law.min_p, first_of(contents[1]), 0, second_of(contents[1]) > 0};
   }
   __syncthreads();
+  if (num_rows > 0) {
+    if (node < params.num_nodes && span.holds(node) && is_read(context, node)) {
+      shared.known[node] = shared.stats[node].valid ? Known::kYes : Known::kInvalid;
+    }
+    if (drafted.token >= 0) prepare_test(context, node, drafted);
+    __syncthreads();
+  }
+  context.note_first(Mark::kStatistics);
 }
 
 // By one warp.
@@ -720,7 +756,7 @@ Slicing::Slicing(int vocab_size) {
 int64_t verify_mail_size(int num_rows, int vocab_size) {
   const int slices = Slicing(vocab_size).num_slices;
   // After the last message may be read, though not used, what would be of slices that do not exist.
-  return 1 + kMaxSlices + 2 * (kKinds * num_rows * slices + 2 * num_rows + 2 * kMaxRequests * slices);
+  return 1 + kMaxSlices + 2 * (kKinds * num_rows * slices + 2 * num_rows + 2 * kNumRequests * slices);
 }
 
 int verify_group_size(int batch_size, int vocab_size) {
@@ -735,6 +771,9 @@ int verify(const VerifyParams& params, void* stream) {
   // Every block of a group must have a slice.
   const int group_size = std::min(params.group_size, params.slicing.num_slices);
   VerifyParams launched = params;
+  // At the end of a chain that is read at once.
+  launched.draws_last = params.draft_logits != nullptr && params.max_depth == params.num_nodes - 1 &&
+                        params.root_ahead == params.max_depth;
   launched.max_local = (params.slicing.num_slices + group_size - 1) / group_size;
   // From sm_90 on the blocks are set up while the kernel before comes to its end, and wait for it (griddepcontrol).
   int device = 0, major = 0;

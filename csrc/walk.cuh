@@ -14,6 +14,8 @@ namespace fastspec {
 
 constexpr int kMaxRows = 2 * kMaxNodes;
 constexpr int kMaxRequests = 4;  // passes over rows that the group makes at once
+constexpr int kLastRequest = kMaxRequests;  // and the draw after a chain's last node, made ahead
+constexpr int kNumRequests = kMaxRequests + 1;
 
 // Masses below this are what rounding leaves of a residual in single precision: the law before it stays.
 constexpr float kRounding = 1e-6f;
@@ -130,7 +132,7 @@ struct Shared {
   float passing_r[kMaxNodes];  // and their r
   int num_requests;
   Request requests[kMaxRequests];
-  Partial found[kMaxRequests];
+  Partial found[kNumRequests];
   Partial parts[kWarps];
   WalkState walk;
   Span span;  // what is to be read
@@ -194,6 +196,9 @@ class Walk {
   // Draws the token after `node` from its own law, and ends there.
   __device__ __forceinline__ void emit(int node) {
     at_.node = node;
+    if (params_.draws_last && bare() && node == params_.num_nodes - 1) {  // drawn with the first read
+      return end_with(node, shared_.found[kLastRequest].best);
+    }
     if (!bare()) {
       if (shared_.known[node] == Known::kNo) return read(node);
       if (shared_.known[node] == Known::kInvalid) return finish(node, -1);
