@@ -85,7 +85,7 @@ static __device__ __noinline__ float4 penalise(float4 x, const Penalties& penalt
   }
   const auto change = [&](float value, uint32_t bit) {
     if (repeated & bit) {
-      value = value < 0 ? value * penalties.repetition : __fdividef(value, penalties.repetition);
+      value = value < 0 ? value * penalties.repetition : __fdiv_rn(value, penalties.repetition);
     }
     return barred & bit ? -kInfinity : value;
   };

@@ -488,6 +488,15 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
   return result;
 }
 
+// The warps of a team wait for each other, at a barrier that the instruction names.
+__device__ __forceinline__ void meet(int team) {
+  static_assert(kTeams == 4 && kPhases == 4);
+  if (team == 0) asm volatile("bar.sync 1, 128;" ::: "memory");
+  if (team == 1) asm volatile("bar.sync 2, 128;" ::: "memory");
+  if (team == 2) asm volatile("bar.sync 3, 128;" ::: "memory");
+  if (team == 3) asm volatile("bar.sync 4, 128;" ::: "memory");
+}
+
 // The parts that a team's warps have found in a slice together, sent to all.
 template <LogitType kType>
 __device__ __forceinline__ void send_part(const Context<kType>& context, const Partial& part, bool bare, int index,
@@ -495,7 +504,7 @@ __device__ __forceinline__ void send_part(const Context<kType>& context, const P
   Shared& shared = context.shared;
   const int team = warp_index() / kPhases;
   if (lane_index() == 0) shared.parts[warp_index()] = part;
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * kPhases) : "memory");
+  meet(team);
   if (warp_index() % kPhases == 0) {
     // Four lanes take a part each and fold them, in one order.
     const float scale = shared.law.scale;
@@ -517,7 +526,7 @@ __device__ __forceinline__ void send_part(const Context<kType>& context, const P
            first ? content_of(whole.sum, whole.left) : content_of(score, __int_as_float(token)), context.number());
     }
   }
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * kPhases) : "memory");
+  meet(team);
 }
 
 // What the whole group has found, by a warp.

@@ -183,8 +183,11 @@ class SamplingTensors:
         drafted = ((paths > 0) & (on_path >= 0)).int()  # the root is among the seen tokens
         hits = torch.zeros_like(scores, dtype=torch.int32).scatter_add(-1, on_path.clamp(min=0), drafted)
         seen = self.seen[:, None] | (hits > 0)
-        penalty = self.repetition_penalty[:, None, None]
-        scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+        # In single precision, as transformers and the kernels: what ties there ties here.
+        single = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        penalty = self.repetition_penalty[:, None, None].to(single.dtype)
+        penalised = torch.where(single < 0, single * penalty, single / penalty).double()
+        scores = torch.where(seen, penalised, scores)
         too_short = positions[:, None] + tables.depths[nodes] < self.min_tokens[:, None]
         eos = torch.zeros_like(self.seen, dtype=torch.int32)
         eos.scatter_add_(-1, self.eos_token_ids.clamp(min=0), (self.eos_token_ids >= 0).int())

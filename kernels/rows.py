@@ -10,6 +10,15 @@ FIXED_POINT = tl.constexpr(1099511627776.0)  # 2**40: masses are summed as integ
 
 
 @triton.jit
+def divide(x, y):
+    """``x / y`` to the nearest float32: a reciprocal and a quotient by it, each corrected once (Markstein)."""
+    inverse = 1.0 / y
+    inverse = tl.fma(tl.fma(-inverse, y, 1.0), inverse, inverse)
+    quotient = x * inverse
+    return tl.fma(tl.fma(-quotient, y, x), inverse, quotient)
+
+
+@triton.jit
 def load_row(row, tokens, row_vocab, penalty, too_short, node, tree_tokens, table, seen, eos):
     """Logits of ``tokens`` as float32, with the penalties of the node's prefix; -inf beyond the row.
 
@@ -33,7 +42,7 @@ def load_row(row, tokens, row_vocab, penalty, too_short, node, tree_tokens, tabl
         while place > 0:
             found = found | (tokens == tl.load(tree_tokens + place))
             place = tl.load(table + place * NODE_FIELDS)
-        x = tl.where(found & inside, tl.where(x < 0, x * penalty, x / penalty), x)
+        x = tl.where(found & inside, tl.where(x < 0, x * penalty, divide(x, penalty)), x)
     if too_short:
         for i in range(MAX_EOS):
             x = tl.where(tokens == tl.load(eos + i), float("-inf"), x)

@@ -204,7 +204,7 @@ def reference(
     node_ids = tree.on(logits.device).inner[rows]
     vocab_size = draft_logits.shape[-1]
     logits = torch.nn.functional.pad(
-        logits[..., :vocab_size].double(), (0, max(0, vocab_size - logits.shape[-1])), value=float("-inf")
+        logits[..., :vocab_size], (0, max(0, vocab_size - logits.shape[-1])), value=float("-inf")
     )
     scores = sampling.penalise(logits, tree, node_ids, tokens, positions)
     scores = torch.where(valid_rows(scores)[..., None], scores, 0.0)
