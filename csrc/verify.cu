@@ -6,12 +6,13 @@
 //
 //   1. read         every warp takes the statistics of slices of the first rows of the tree and sends them to all
 //                   blocks; of rows whose law cuts tokens (top-k, top-p, min-p), with each slice's eight largest
-//                   logits, to the one block that finds the row's threshold and sends it to all
+//                   logits, to the one block that finds the row's threshold and sends it to all. The draw at
+//                   the end of a chain is made beside it
 //   2. statistics   each block merges the slices of every row, and each node's thread prepares its test
 //   3. walk         the first warp of every block decides the same path from the same numbers (walk.cuh). Where a rule
 //                   needs a sum or a draw over the vocabulary the group makes a pass over that row, or over several
 //                   at once. Where the path leaves the rows that are known, the next ones are read as in 1.
-//   4. output       one block writes
+//   4. output       the first block's walking warp writes
 //
 // Sums are taken over fixed slices in a fixed order, so results do not depend on the size of the group.
 
