@@ -412,14 +412,13 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
   const VerifyParams& params = context.params;
   const Shared& shared = context.shared;
   const float scale = shared.law.scale, c = request.c;
-  constexpr bool bare = kBare;
   const bool subtract = !kBare && c > 0;
   const Row<kType> row = context.target_row(request.node);
   const int inner_row = subtract ? shared.tree[request.node].inner_row : 0;
   const DraftRow other = context.draft_row(inner_row);
   const bool vector = row.vectors(), other_vector = other.vectors();
   RowStats stats = {0.0f, -kInfinity, 0.0f, 1.0f, 0, true}, other_stats = stats;
-  if (!bare) stats = shared.stats[request.node];
+  if (!kBare) stats = shared.stats[request.node];
   if (subtract) other_stats = shared.stats[params.num_nodes + inner_row];
   const float p_scale = request.a * stats.inverse_mass;
   const int depth = shared.tree[request.node].depth;
@@ -429,7 +428,7 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
     key = context.key(Stream::kCoupled, 0);
     key.position += depth;
   }
-  Partial result = {0, bare ? -kInfinity : 0.0f, {-1.0f, params.vocab_size}};
+  Partial result = {0, kBare ? -kInfinity : 0.0f, {-1.0f, params.vocab_size}};
 #pragma unroll 1
   for (int i = 0; i < context.params.slicing.tiles_per_slice; ++i) {
     const int tile = slice * context.params.slicing.tiles_per_slice + i;
@@ -440,7 +439,7 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
       x = penalise(x, shared.penalties, first, request.node, depth, params.vocab_size);
     }
     Partial found = {0, 0, {-1.0f, params.vocab_size}};
-    if (bare) {
+    if (kBare) {
       found.left = warp_max(fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)));
       stats.maximum = found.left > -kInfinity ? found.left : 0.0f;
     }
@@ -468,7 +467,7 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
     }
     found.sum = (w[0] + w[1]) + (w[2] + w[3]);
     // Nobody has looked at a bare row before; its maximum and weights pass over a NaN.
-    if (bare && (!(x.x < kInfinity) | !(x.y < kInfinity) | !(x.z < kInfinity) | !(x.w < kInfinity))) found.sum = NAN;
+    if (kBare && (!(x.x < kInfinity) | !(x.y < kInfinity) | !(x.z < kInfinity) | !(x.w < kInfinity))) found.sum = NAN;
     if (request.race && found.sum > 0) {
       const float4 e = exponentials<true>(key, static_cast<uint32_t>(first) / 4);
       const float scores[4] = {__fdividef(w[0], e.x), __fdividef(w[1], e.y), __fdividef(w[2], e.z),
@@ -478,7 +477,7 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
         if (w[j] > 0 && scores[j] > found.best.score) found.best = {scores[j], first + j};
       }
     }
-    result = i == 0 ? found : join(result, found, bare, scale);
+    result = i == 0 ? found : join(result, found, kBare, scale);
   }
   result.sum = warp_sum(result.sum);
   if (request.race) {

@@ -183,7 +183,8 @@ class SamplingTensors:
         drafted = ((paths > 0) & (on_path >= 0)).int()  # the root is among the seen tokens
         hits = torch.zeros_like(scores, dtype=torch.int32).scatter_add(-1, on_path.clamp(min=0), drafted)
         seen = self.seen[:, None] | (hits > 0)
-        # In single precision, as transformers and the kernels: what ties there ties here.
+        # In single precision, as the kernels: what ties there ties here. transformers does the same on a CPU; on
+        # a GPU it multiplies by the reciprocal, which may differ in the last bit.
         single = logits.to(torch.promote_types(logits.dtype, torch.float32))
         penalty = self.repetition_penalty[:, None, None].to(single.dtype)
         penalised = torch.where(single < 0, single * penalty, single / penalty).double()

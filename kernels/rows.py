@@ -11,7 +11,10 @@ FIXED_POINT = tl.constexpr(1099511627776.0)  # 2**40: masses are summed as integ
 
 @triton.jit
 def divide(x, y):
-    """``x / y`` to the nearest float32: a reciprocal and a quotient by it, each corrected once (Markstein)."""
+    """``x / y`` to the nearest float32, far from underflow: a reciprocal and a quotient by it, each corrected once.
+
+    A ``y`` whose mantissa is all ones may be one bit off (Markstein).
+    """
     inverse = 1.0 / y
     inverse = tl.fma(tl.fma(-inverse, y, 1.0), inverse, inverse)
     quotient = x * inverse

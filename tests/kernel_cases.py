@@ -96,26 +96,41 @@ def random_logits(generator, shape, kind: str) -> torch.Tensor:
 
 
 def random_case(
-    seed: int, device: str = "cpu", max_nodes: int = 12, vocabularies=VOCABULARIES, max_batch: int = 3
+    seed: int,
+    device: str = "cpu",
+    max_nodes: int = 12,
+    vocabularies=VOCABULARIES,
+    max_batch: int = 3,
+    tree: DraftTree | None = None,
+    rule: Rule | None = None,
+    dtype: torch.dtype | None = None,
+    params: tuple[SamplingParams, ...] = (),
 ):
-    """Case number ``seed``; the same on every machine."""
+    """Case number ``seed``; the same on every machine.
+
+    What is given is not left to chance; with ``params``, there are as many sequences.
+    """
     generator = torch.Generator().manual_seed(seed)
-    tree = random_tree(generator, max_nodes)
-    rule = pick(generator, CHAIN_RULES + TREE_RULES if tree.is_chain else TREE_RULES)
+    drawn_tree = random_tree(generator, max_nodes)
+    tree = tree or drawn_tree
+    drawn_rule = pick(generator, CHAIN_RULES + TREE_RULES if tree.is_chain else TREE_RULES)
+    rule = rule or drawn_rule
     vocab_size = pick(generator, vocabularies)
-    batch = integer(generator, 1, max_batch + 1)
+    drawn_batch = integer(generator, 1, max_batch + 1)
+    batch = len(params) or drawn_batch
     kinds = ("plain", "plain", "peaked", "ties", "flat", "masked", "onehot", "poisoned")
     kind = pick(generator, kinds)
-    dtype = pick(generator, (torch.float32, torch.float32, torch.bfloat16, torch.float16))
+    drawn_dtype = pick(generator, (torch.float32, torch.float32, torch.bfloat16, torch.float16))
+    dtype = dtype or drawn_dtype
     target = random_logits(generator, (batch, tree.num_nodes, vocab_size), kind).to(dtype)
 
     sampling = SamplingTensors(batch, vocab_size, "cpu")
     positions = torch.randint(3, 2000, (batch,), generator=generator)
     for row in range(batch):
         eos = [integer(generator, 0, vocab_size) for _ in range(integer(generator, 0, 3))]
-        params = random_params(generator, vocab_size, int(positions[row]))
+        drawn_params = random_params(generator, vocab_size, int(positions[row]))
         seed_of_row = int(torch.randint(2**62, (), generator=generator)) - 2**61
-        sampling.set(row, params, seed_of_row, eos)
+        sampling.set(row, params[row] if params else drawn_params, seed_of_row, eos)
         sampling.seen[row] = torch.rand(vocab_size, generator=generator) < 0.1
 
     relation = pick(generator, ("close", "close", "same", "unrelated", "poisoned"))

@@ -8,9 +8,15 @@ something. ``--plant bounds`` hands a kernel an output buffer that is too small;
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kernel_cases import Case
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 #: Beginnings of the names of our kernels' functions; initcheck looks at every kernel, as any may write what ours read.
@@ -19,8 +25,42 @@ KERNELS = ("verify", "propose", "pass", "commit", "compact")
 NOT_WATCHED = {"racecheck": ("pass",)}
 FOUND = 86
 SEEDS = 24
-#: Racecheck follows every access to shared memory and takes many times as long as the others.
-FEWER_SEEDS = {"racecheck": 8}
+#: Racecheck follows every access to shared memory and takes many times as long as the others: chosen cases alone.
+FEWER_SEEDS = {"racecheck": 0}
+
+
+def chosen_cases(device: str) -> Iterator[tuple[int, Case]]:
+    """Cases, numbered, that take every way through verification: rules, element types, few and many slices and rows."""
+    import torch
+    from kernel_cases import random_case
+
+    from fastspec import DraftTree
+    from fastspec.sampling import SamplingParams
+    from fastspec.verification import Rule
+
+    chain, long_chain, tree = DraftTree.chain(5), DraftTree.chain(15), DraftTree.kary((4, 2, 2, 2))
+    plain, greedy = SamplingParams(), SamplingParams(temperature=0.0)
+    cut, nucleus = SamplingParams(top_k=20, top_p=0.9), SamplingParams(top_p=0.9, min_p=0.01)
+    penalised = SamplingParams(repetition_penalty=1.3)
+    # The seeds are such that drafts are good: some are accepted to the end, some are rejected on the way.
+    for seed, shape, rule, dtype, vocab_size, params in (
+        (9, chain, Rule.BLOCK, torch.float32, 4097, (plain,)),
+        (21, chain, Rule.BLOCK, torch.float32, 4097, (plain,)),
+        (17, chain, Rule.TOKEN_LEVEL, torch.bfloat16, 33281, (plain, penalised)),
+        (20, long_chain, Rule.BLOCK, torch.float16, 4097, (plain, cut, greedy)),
+        (4, tree, Rule.RECURSIVE_REJECTION, torch.float32, 4097, (plain, nucleus, greedy)),
+        (1, tree, Rule.RECURSIVE_REJECTION, torch.bfloat16, 33281, (plain,)),
+        (27, tree, Rule.TARGET_ONLY, torch.float32, 4097, (plain, cut)),
+        (7, tree, Rule.DRAFTER_INVARIANT, torch.float16, 4097, (plain,)),
+    ):
+        options = {
+            "vocabularies": (vocab_size,),
+            "tree": shape,
+            "rule": rule,
+            "dtype": dtype,
+            "params": params,
+        }
+        yield seed, random_case(seed, device, **options)
 
 
 def drive(plant: str | None, seeds: int) -> None:
@@ -31,26 +71,28 @@ def drive(plant: str | None, seeds: int) -> None:
     from fastspec.ops import Proposer, Verifier
     from fastspec.verification import Rule
 
-    for seed in range(seeds):
-        case = random_case(seed, "cuda", vocabularies=(33, 2049, 4097), max_nodes=10, max_batch=2)
+    shapes = {"vocabularies": (33, 2049, 4097), "max_nodes": 10, "max_batch": 2}
+    drawn_cases = ((seed, random_case(seed, "cuda", **shapes)) for seed in range(seeds))
+    for number, (seed, case) in enumerate(itertools.chain(chosen_cases("cuda"), drawn_cases)):
         if case.rule is Rule.TRAVERSAL and not case.tree.is_chain:
             continue
         batch, _, vocab_size = case.target_logits.shape
         for backend in ("cuda", "triton"):
-            if backend == "triton" and seed % 6:
+            if backend == "triton" and number % 6:
                 continue
             shape = (case.tree, batch, vocab_size, case.rule, "cuda", backend)
             verifier, proposer = Verifier(*shape), Proposer(*shape)
-            for level in range(case.tree.max_depth):
-                raw = raw_draft_logits(case, seed, level, padded=True)
-                proposer(raw, level, case.tokens, case.draft_logits, case.sampling, case.positions)
-            for group_size in (None,) if backend == "triton" else (1, 4, 63):
+            processors = torch.cuda.get_device_properties("cuda").multi_processor_count
+            for group_size in (None,) if backend == "triton" else (1, 4, min(63, processors // batch)):
                 verifier._group_size = group_size
                 if plant == "bounds" and backend == "cuda":
                     verifier._verdict = verifier._verdict._replace(
                         num_accepted=torch.zeros(0, device="cuda").long()
                     )
                 verifier(case.target_logits, case.tokens, case.sampling, case.positions, case.draft_logits)
+            for level in range(case.tree.max_depth):
+                raw = raw_draft_logits(case, seed, level, padded=True)
+                proposer(raw, level, case.tokens, case.draft_logits, case.sampling, case.positions)
     drive_prefill()
     drive_pass()
     torch.cuda.synchronize()

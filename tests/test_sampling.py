@@ -78,7 +78,9 @@ def test_what_ties_after_the_penalty_in_single_precision_ties():
     tensors.seen[0, 2] = True
     logits = torch.tensor([[[0.05859375, -1.0, 0.041015625]]], dtype=torch.bfloat16)
     root = torch.zeros(1, dtype=torch.int64)
-    scores = tensors.penalise(logits, DraftTree.chain(1), root, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([1]))
+    scores = tensors.penalise(
+        logits, DraftTree.chain(1), root, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([1])
+    )
     assert (tensors.warp(scores)[0, 0] > float("-inf")).tolist() == [True, False, True]
 
 
