@@ -55,12 +55,18 @@ int for_type(LogitType type, Launch launch) {
   return cudaErrorInvalidValue;
 }
 
+// An attribute of the current device; 0 if there is none.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
 // The largest group that the current device can run of a kernel, at most 16.
 template <typename Kernel>
 int max_group_size(Kernel kernel, int threads, int shared_bytes) {
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
   if (major < 9 || prepare_groups(kernel, shared_bytes) != cudaSuccess) return 1;
   for (int size = 16; size > 1; size /= 2) {
     const GroupLaunch launch(1, size, threads, shared_bytes, nullptr);

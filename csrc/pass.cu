@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "launch.cuh"
 #include "pass.cuh"
 
 namespace fastspec {
@@ -37,9 +38,7 @@ int encode_matrix(const void* matrix, int64_t rows, int64_t depth, bool is_cache
 }
 
 int pass_slots(const PassParams& params) {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  int bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   bytes -= static_cast<int>(sizeof(PassShared));
   bytes -= PassPlan(params).bytes_behind_ring(params);
   return std::min(std::max(bytes, 0) / kSlotBytes, kMaxSlots);
@@ -48,10 +47,7 @@ int pass_slots(const PassParams& params) {
 int64_t pass_exchange_bytes(const PassParams& params) { return ExchangeLayout(params).bytes; }
 
 int run_pass(const PassParams& params, const PassCall& call, void* stream) {
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (major < 9) return cudaErrorNotSupported;
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return cudaErrorNotSupported;
   if (params.batch_size * params.num_rows > kMaxPassRows) return cudaErrorInvalidValue;
   if (params.type == LogitType::kBfloat16) return pass_bfloat16(params, call, stream);
   if (params.type == LogitType::kHalf) return pass_half(params, call, stream);

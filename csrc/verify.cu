@@ -769,9 +769,7 @@ int64_t verify_mail_size(int num_rows, int vocab_size) {
 }
 
 int verify_group_size(int batch_size, int vocab_size) {
-  int device = 0, processors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   return std::max(1, std::min(processors / batch_size, Slicing(vocab_size).num_slices));
 }
 
@@ -785,9 +783,7 @@ int verify(const VerifyParams& params, void* stream) {
                         params.root_ahead == params.max_depth;
   launched.max_local = (params.slicing.num_slices + group_size - 1) / group_size;
   // From sm_90 on the blocks are set up while the kernel before comes to its end, and wait for it (griddepcontrol).
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  const bool starts_early = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   return for_type(params.logit_type, [&](auto type) -> int {
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
@@ -795,7 +791,7 @@ int verify(const VerifyParams& params, void* stream) {
     config.blockDim = dim3(kThreads);
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
-    if (major >= 9) {
+    if (starts_early) {
       attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from fastspec.ops.commit import Committer
 from fastspec.runtime import Loop, Reports, asked_memory, capture, loop_obstacle
 from fastspec.sampling import SamplingParams
 from fastspec.state import REPORT_HEADER, DecodeState, FinishReason
-from fastspec.tree import MAX_NODES, DraftTree
+from fastspec.tree import DraftTree, check_gamma
 from fastspec.verification import Rule
 from fastspec.vocabulary import check_vocabularies
 
@@ -426,8 +425,7 @@ def resolve_tree(draft: Draft | None, gamma: int | None, tree: DraftTree | None)
             )
         return tree
     gamma = DEFAULT_GAMMA if gamma is None else gamma
-    if isinstance(gamma, bool) or not isinstance(gamma, Integral) or not 0 < gamma < MAX_NODES:
-        raise ValueError(f"gamma must be an integer from 1 to {MAX_NODES - 1}, got {gamma!r}")
+    check_gamma(gamma, least=1)
     return DraftTree.chain(gamma)
 
 

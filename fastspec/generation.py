@@ -162,7 +162,8 @@ def generate(
     if inputs is not None:
         kwargs["input_ids"] = inputs
     _check_input_ids(target, kwargs)
-    _check_attention_mask(kwargs)
+    # transformers drops a mask of ones before the loop could compare.
+    _check_attention_mask(kwargs.get("attention_mask"), kwargs["input_ids"])
 
     kwargs, stop_strings = _take_stop_strings(target, kwargs)
     loop = custom_generate(
@@ -443,15 +444,12 @@ def check_leftovers(model_kwargs: dict) -> None:
 
 def prompt_starts(input_ids: torch.Tensor, model_kwargs: dict) -> list[int]:
     """Where each prompt begins after its left padding; takes ``attention_mask`` and ``position_ids``."""
-    batch, length = input_ids.shape
+    length = input_ids.shape[1]
     mask = model_kwargs.pop("attention_mask", None)
+    _check_attention_mask(mask, input_ids)
     if mask is None:
         mask = torch.ones_like(input_ids)
     mask = (mask != 0).long()
-    if mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must have shape {[batch, length]} as input_ids, got {list(mask.shape)}"
-        )
     starts = (length - mask.sum(1)).tolist()
     for row, start in enumerate(starts):
         if start == length:
@@ -544,13 +542,12 @@ def _check_input_ids(target: nn.Module, kwargs: dict) -> None:
         raise ValueError(f"input_ids must be in [0, {size}), got values from {low} to {high}")
 
 
-def _check_attention_mask(kwargs: dict) -> None:
-    mask, expected = kwargs.get("attention_mask"), list(kwargs["input_ids"].shape)
+def _check_attention_mask(mask: Any, input_ids: torch.Tensor) -> None:
+    expected = list(input_ids.shape)
     if mask is None:
         return
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"attention_mask must be a tensor {expected}, got {type(mask)}")
-    # transformers drops a mask of ones before the loop could compare.
     if list(mask.shape) != expected:
         raise ValueError(f"attention_mask must have shape {expected} as input_ids, got {list(mask.shape)}")
 

@@ -15,6 +15,12 @@ ROWS_AT_ONCE = 32
 MAX_NODES = 128
 
 
+def check_gamma(gamma: int, least: int) -> None:
+    """Raises ValueError unless gamma is a whole number of drafted tokens that a tree can hold."""
+    if isinstance(gamma, bool) or not isinstance(gamma, Integral) or not least <= gamma < MAX_NODES:
+        raise ValueError(f"gamma must be an integer from {least} to {MAX_NODES - 1}, got {gamma!r}")
+
+
 @dataclass(frozen=True)
 class DraftTree:
     """Topology of the tokens that one cycle proposes. A chain is a tree with one child per node.
@@ -67,8 +73,7 @@ class DraftTree:
         Raises:
             ValueError: if gamma is negative or over 127.
         """
-        if isinstance(gamma, bool) or not isinstance(gamma, Integral) or not 0 <= gamma < MAX_NODES:
-            raise ValueError(f"gamma must be an integer from 0 to {MAX_NODES - 1}, got {gamma!r}")
+        check_gamma(gamma, least=0)
         return cls(tuple(range(-1, int(gamma))))
 
     @classmethod

@@ -10,15 +10,17 @@ FIXED_POINT = tl.constexpr(1099511627776.0)  # 2**40: masses are summed as integ
 
 
 @triton.jit
-def divide(x, y):
-    """``x / y`` to the nearest float32, far from underflow: a reciprocal and a quotient by it, each corrected once.
+def penalised(x, penalty):
+    """Logits of seen tokens: ``x * penalty`` below zero, ``x / penalty`` from there on, both to the nearest float32.
 
-    A ``y`` whose mantissa is all ones may be one bit off (Markstein).
+    Far from underflow, that is, and a ``penalty`` whose mantissa is all ones may be one bit off: the reciprocal and the
+    quotient by it are each corrected once (Markstein).
     """
-    inverse = 1.0 / y
-    inverse = tl.fma(tl.fma(-inverse, y, 1.0), inverse, inverse)
+    inverse = 1.0 / penalty
+    inverse = tl.fma(tl.fma(-inverse, penalty, 1.0), inverse, inverse)
     quotient = x * inverse
-    return tl.fma(tl.fma(-quotient, y, x), inverse, quotient)
+    quotient = tl.fma(tl.fma(-quotient, penalty, x), inverse, quotient)
+    return tl.where(x < 0, x * penalty, quotient)
 
 
 @triton.jit
@@ -45,7 +47,7 @@ def load_row(row, tokens, row_vocab, penalty, too_short, node, tree_tokens, tabl
         while place > 0:
             found = found | (tokens == tl.load(tree_tokens + place))
             place = tl.load(table + place * NODE_FIELDS)
-        x = tl.where(found & inside, tl.where(x < 0, x * penalty, divide(x, penalty)), x)
+        x = tl.where(found & inside, penalised(x, penalty), x)
     if too_short:
         for i in range(MAX_EOS):
             x = tl.where(tokens == tl.load(eos + i), float("-inf"), x)

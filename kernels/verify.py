@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastspec.kernels.philox import accept_uniforms, exponentials, noise_key
-from fastspec.kernels.rows import LOG2E, MAX_EOS, NODE_FIELDS, divide, load_row, row_statistics, weight_of
+from fastspec.kernels.rows import LOG2E, MAX_EOS, NODE_FIELDS, load_row, penalised, row_statistics, weight_of
 
 # The values of csrc/params.h.
 TOKEN_LEVEL, BLOCK_RULE, RECURSIVE_REJECTION, TARGET_ONLY, DRAFTER_INVARIANT = map(tl.constexpr, range(5))
@@ -245,7 +245,7 @@ def verify_kernel(
                 for _ in range(max_depth):
                     found = found | ((above > 0) & (tl.load(tokens + above) == safe))
                     above = tl.load(table + above * NODE_FIELDS, mask=above > 0, other=0)
-                x = tl.where(found, tl.where(x < 0, x * penalty, divide(x, penalty)), x)
+                x = tl.where(found, penalised(x, penalty), x)
             ends = x < float("-inf")
             for i in range(MAX_EOS):
                 ends = ends | (safe == tl.load(eos + i))

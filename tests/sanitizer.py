@@ -71,6 +71,7 @@ def drive(plant: str | None, seeds: int) -> None:
     from fastspec.ops import Proposer, Verifier
     from fastspec.verification import Rule
 
+    processors = torch.cuda.get_device_properties("cuda").multi_processor_count
     shapes = {"vocabularies": (33, 2049, 4097), "max_nodes": 10, "max_batch": 2}
     drawn_cases = ((seed, random_case(seed, "cuda", **shapes)) for seed in range(seeds))
     for number, (seed, case) in enumerate(itertools.chain(chosen_cases("cuda"), drawn_cases)):
@@ -82,7 +83,6 @@ def drive(plant: str | None, seeds: int) -> None:
                 continue
             shape = (case.tree, batch, vocab_size, case.rule, "cuda", backend)
             verifier, proposer = Verifier(*shape), Proposer(*shape)
-            processors = torch.cuda.get_device_properties("cuda").multi_processor_count
             for group_size in (None,) if backend == "triton" else (1, 4, min(63, processors // batch)):
                 verifier._group_size = group_size
                 if plant == "bounds" and backend == "cuda":

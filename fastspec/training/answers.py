@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastspec.lines import DataError
+from fastspec.training.arguments import differing_arguments, write_arguments
 
 
 class AnswerFile:
@@ -66,25 +67,18 @@ class AnswerFile:
     def _check_arguments(self, arguments: dict[str, Any]) -> None:
         beside = self._path.with_name(self._path.name + ".arguments.json")
         if self._path.stat().st_size == 0:
-            fresh = beside.with_name(beside.name + ".new")
-            fresh.write_text(json.dumps(arguments, indent=1) + "\n")
-            fresh.replace(beside)
+            write_arguments(beside, arguments)
             return
         if not beside.is_file():
             raise ValueError(
                 f"{self._path} has content, but {beside.name}, which would tell of its arguments, is missing: "
                 "choose another --out"
             )
-        try:
-            before = json.loads(beside.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{beside} is damaged: {error}") from None
-        differing = [name for name in arguments if before.get(name) != arguments[name]]
-        if differing:
-            name = differing[0]
+        differing = differing_arguments(beside, arguments)
+        for name, (before, now) in differing.items():
             raise ValueError(
                 f"{self._path} was begun with other arguments ({', '.join(differing)}): {name} was "
-                f"{before.get(name)!r} and is now {arguments[name]!r}; choose another --out or remove it"
+                f"{before!r} and is now {now!r}; choose another --out or remove it"
             )
 
     def _read(self) -> set[str]:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from fastspec.lines import BadLines
 from fastspec.miniature.models import check_replaceable, count_parameters, replace_folder
 from fastspec.model.vision import text_stack
+from fastspec.training.arguments import differing_arguments, write_arguments
 from fastspec.training.batches import Collator
 from fastspec.training.checkpoints import last_good_checkpoint, remove_torn_checkpoints
 from fastspec.training.datasets import ChatRows, TextBlocks
@@ -158,9 +159,7 @@ def train_draft(asked: Training, callbacks: Sequence[TrainerCallback] = ()) -> d
         asked.run_folder.mkdir(parents=True, exist_ok=True)
         remove_torn_checkpoints(asked.run_folder)
         if checkpoint is None:
-            fresh = asked.run_folder / f"{ARGUMENTS}.new"
-            fresh.write_text(json.dumps(asked.facts, indent=1) + "\n")
-            fresh.replace(asked.run_folder / ARGUMENTS)
+            write_arguments(asked.run_folder / ARGUMENTS, asked.facts)
         history.begin(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -208,16 +207,11 @@ def _resume_point(asked: Training) -> Path | None:
         )
     arguments = asked.run_folder / ARGUMENTS
     if checkpoint is not None and arguments.is_file():
-        try:
-            before = json.loads(arguments.read_text())
-        except ValueError as error:
-            raise ValueError(f"{arguments} is damaged: {error}") from None
-        for name, now in asked.facts.items():
-            if before.get(name) != now:
-                raise ValueError(
-                    f"{asked.run_folder} is of a run with another --{name}: {json.dumps(before.get(name))} then, "
-                    f"{json.dumps(now)} now; resume with what was passed then, or begin anew with another --out"
-                )
+        for name, (before, now) in differing_arguments(arguments, asked.facts).items():
+            raise ValueError(
+                f"{asked.run_folder} is of a run with another --{name}: {json.dumps(before)} then, "
+                f"{json.dumps(now)} now; resume with what was passed then, or begin anew with another --out"
+            )
     return checkpoint
 
 
