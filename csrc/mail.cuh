@@ -15,6 +15,11 @@ struct alignas(16) Message {
   uint64_t content, number;
 };
 
+// A number is that of the launch and, below it, that of the exchange; or, with a bit of its own, what else the message
+// has to say.
+constexpr int kPayloadBits = 22, kNumberBits = kPayloadBits + 1;
+constexpr uint32_t kPayload = (1u << kPayloadBits) - 1;
+
 __device__ __forceinline__ uint64_t content_of(float first, float second) {
   return static_cast<uint64_t>(__float_as_uint(second)) << 32 | __float_as_uint(first);
 }
@@ -48,24 +53,28 @@ __device__ __forceinline__ Message look(const Message* at) {
   return message;
 }
 
-// Waits for the messages at `at(i)` where `wanted(i)`, all of the same exchange. The others are read as well, so that
-// there is no branch and no register waits for a load that may not come; what they say is of no meaning.
-template <int kCount, typename Wanted, typename At>
-__device__ __forceinline__ void receive(uint64_t (&contents)[kCount], uint64_t number, Wanted wanted, At at) {
-  Patience patience("a message of exchange", static_cast<int>(number & 0xffff));
+// Waits for the messages at `at(i)` where `wanted(i)`, all of the exchange that `expected(number)` knows. The others
+// are read as well, so that there is no branch and no register waits for a load that may not come; what they say is of
+// no meaning.
+template <int kCount, typename Expected, typename Wanted, typename At>
+__device__ __forceinline__ void receive(Message (&messages)[kCount], Expected expected, Wanted wanted, At at) {
+  Patience patience("messages, the first of which is at", static_cast<int>(reinterpret_cast<uintptr_t>(at(0))));
   bool missing;
   do {
     missing = false;
-    Message messages[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) messages[i] = look(at(i));
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      missing |= wanted(i) && messages[i].number != number;
-      contents[i] = messages[i].content;
-    }
+    for (int i = 0; i < kCount; ++i) missing |= wanted(i) && !expected(messages[i].number);
     patience.poll();
   } while (missing);
+}
+template <int kCount, typename Wanted, typename At>
+__device__ __forceinline__ void receive(uint64_t (&contents)[kCount], uint64_t number, Wanted wanted, At at) {
+  Message messages[kCount];
+  receive(messages, [&](uint64_t found) { return found == number; }, wanted, at);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) contents[i] = messages[i].content;
 }
 
 }  // namespace fastspec

@@ -68,25 +68,34 @@ __device__ __forceinline__ float exponential_of(float t) {
   return t < 0.25f ? series * t : -0.6931471805599453f * logarithm;
 }
 
+// t = (k + 1/2) / 2**53, rounded, from the high word of k as a share of one and the low word, of which 21 bits count.
+constexpr float kSmall = 0x1p-8f;  // from here on they are below half a unit in the last place
+__device__ __forceinline__ float refine(float coarse, uint32_t lower) {
+  return coarse < kSmall ? (fmaf(coarse, 0x1p53f, __uint2float_rn(lower >> 11)) + 0.5f) * 0x1p-53f : coarse;
+}
+
 // Unit exponentials -log1p(-t), t = (k + 1/2) / 2**53, of a quad of lanes, with full relative accuracy: the smallest
 // ones decide whether an improbable token is ever drawn, so their low bits count. Where all wait for the slowest warp,
 // and one in two and a half has a small one, the low words had better be computed always.
 template <bool kAlways = false>
 __device__ __forceinline__ float4 exponentials(const NoiseKey& key, uint32_t quad) {
-  constexpr float kSmall = 0x1p-8f;  // from here on the low word is below half a unit in the last place
   const uint4 high = philox_block(key, quad, Half::kHigh);
   float4 t = {__uint2float_rn(high.x) * 0x1p-32f, __uint2float_rn(high.y) * 0x1p-32f,
               __uint2float_rn(high.z) * 0x1p-32f, __uint2float_rn(high.w) * 0x1p-32f};
   if (kAlways || fminf(fminf(t.x, t.y), fminf(t.z, t.w)) < kSmall) {
     const uint4 low = kAlways ? philox_block(key, quad, Half::kLow) : philox_call(key, quad, Half::kLow);
-    const auto refine = [](float coarse, uint32_t upper, uint32_t lower) {
-      const uint64_t bits = static_cast<uint64_t>(upper) << 21 | lower >> 11;
-      return coarse < kSmall ? (__ull2float_rn(bits) + 0.5f) * 0x1p-53f : coarse;
-    };
-    t = {refine(t.x, high.x, low.x), refine(t.y, high.y, low.y), refine(t.z, high.z, low.z),
-         refine(t.w, high.w, low.w)};
+    t = {refine(t.x, low.x), refine(t.y, low.y), refine(t.z, low.z), refine(t.w, low.w)};
   }
   return {exponential_of(t.x), exponential_of(t.y), exponential_of(t.z), exponential_of(t.w)};
+}
+
+// That of one lane, bit for bit.
+__device__ __forceinline__ float exponential(const NoiseKey& key, uint32_t lane) {
+  const uint4 high = philox_block(key, lane / 4, Half::kHigh), low = philox_block(key, lane / 4, Half::kLow);
+  const auto word = [&](const uint4& words) {
+    return lane & 2 ? (lane & 1 ? words.w : words.z) : (lane & 1 ? words.y : words.x);
+  };
+  return exponential_of(refine(__uint2float_rn(word(high)) * 0x1p-32f, word(low)));
 }
 
 }  // namespace fastspec

@@ -14,8 +14,7 @@
 namespace fastspec {
 
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr int kTile = 512;     // tokens that a warp reads at once, 16 per lane
-constexpr int kVectors = 4;    // of four tokens, kTile / 4 apart from lane to lane
+constexpr int kVectors = 4;  // a lane's share of a tile: of four tokens, kTile / 4 apart
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

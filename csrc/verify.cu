@@ -1,4 +1,5 @@
-// Verification in one launch: from the logits of all tree nodes to the accepted path and the next token.
+// Verification in one launch: from the logits of all tree nodes to the accepted path and the next token. Short chains
+// have a kernel of their own (chain.cuh); this is the way of trees, and of the chains that it leaves over.
 //
 // A group of blocks works on one sequence: at batch 1 as many as there are slices of the vocabulary, up to one per
 // multiprocessor. A slice is one or more tiles of 512 tokens and belongs to one block, whatever the row, so that a row
@@ -18,102 +19,15 @@
 
 #include <algorithm>
 
+#include "chain.cuh"
+#include "context.cuh"
 #include "launch.cuh"
-#include "listed.cuh"
-#include "mail.cuh"
-#include "params.h"
-#include "philox.cuh"
-#include "rows.cuh"
-#include "threshold.cuh"
-#include "walk.cuh"
 
 namespace fastspec {
 namespace {
 
-constexpr int kPhases = 4;            // warps that share a slice in a pass
-constexpr int kTeams = kWarps / kPhases;
-constexpr int kPhase = kTile / kPhases;  // tokens of a tile that each takes, four per lane
-constexpr int kKinds = kListed / 2 + 1;  // messages about a slice of a row that is cut; else it is one
-
-// What all functions below share.
 template <LogitType kType>
-struct Context {
-  const VerifyParams& params;
-  Shared& shared;
-
-  __device__ __forceinline__ Context(const VerifyParams& params, Shared& shared) : params(params), shared(shared) {}
-
-  // Of the groups, and of the blocks of the group.
-  __device__ __forceinline__ int sequence() const { return static_cast<int>(blockIdx.y); }
-  __device__ __forceinline__ int rank() const { return static_cast<int>(blockIdx.x); }
-  __device__ __forceinline__ int group_size() const { return static_cast<int>(gridDim.x); }
-
-  // The slices of this block: rank, rank + group_size, ...
-  __device__ __forceinline__ int slice(int local) const { return rank() + local * group_size(); }
-  __device__ __forceinline__ int num_local() const {
-    return slice(params.max_local - 1) < params.slicing.num_slices ? params.max_local : params.max_local - 1;
-  }
-
-  __device__ __forceinline__ Row<kType> target_row(int node) const {
-    return {params.target_logits, (static_cast<int64_t>(sequence()) * params.num_nodes + node) * params.target_stride,
-            params.vocab_size};
-  }
-  __device__ __forceinline__ DraftRow draft_row(int inner_row) const {
-    return {params.draft_logits, (static_cast<int64_t>(sequence()) * params.num_inner + inner_row) * params.vocab_size,
-            params.vocab_size};
-  }
-  __device__ __forceinline__ NoiseKey key(Stream stream, int node) const {
-    return noise_key(shared.seed, shared.position, stream, node);
-  }
-
-  // The group's mailbox. Of what is sent again and again there are two halves, used in turn: a block sends for the next
-  // exchange but one when it has had the next one's messages from all others, so nobody still waits for the last one's.
-  // Where they lie is kept in shared memory: the compiler would keep it in registers otherwise, and spill others.
-  __device__ __forceinline__ Message* header() const {  // how many launches there have been
-    return static_cast<Message*>(params.mail) + sequence() * params.mail_size;
-  }
-  __device__ __forceinline__ void open_mailbox(int half) const {
-    const int slices = params.slicing.num_slices;
-    Message* const all = header() + 1;
-    Message* const about_rows = all + 2 * kKinds * params.mail_rows * slices;
-    Message* const about_parts = about_rows + 4 * params.mail_rows;
-    shared.mail[half] = {all + half * kKinds * params.mail_rows * slices, about_rows + half * 2 * params.mail_rows,
-                         about_parts + half * 2 * kNumRequests * slices};
-  }
-  __device__ __forceinline__ Message* about_slice(int kind, int row, int slice) const {
-    return shared.mail[half()].slices + ((kind * params.mail_rows + row) * params.slicing.num_slices + slice);
-  }
-  __device__ __forceinline__ Message* about_row(int kind, int row) const {
-    return shared.mail[half()].rows + (kind * params.mail_rows + row);
-  }
-  __device__ __forceinline__ Message* about_part(int kind, int request, int slice) const {
-    return shared.mail[half()].parts + ((kind * kNumRequests + request) * params.slicing.num_slices + slice);
-  }
-  // Whether the draw after the last node is made with this read.
-  __device__ __forceinline__ bool draws_last() const {
-    return params.draws_last && shared.walk.reads == 0 && !shared.law.greedy && !shared.law.cuts;
-  }
-  // The number of the exchange that is under way, and which half it uses.
-  __device__ __forceinline__ uint64_t number() const {
-    return (shared.epoch + 1) << 16 | static_cast<uint32_t>(shared.walk.reads + shared.walk.passes);
-  }
-  __device__ __forceinline__ int half() const {
-    return (shared.walk.need == Need::kRead ? shared.walk.reads : shared.walk.passes) & 1;
-  }
-
-  __device__ __forceinline__ void note(Mark mark) const {
-    if (params.clock != nullptr && rank() == 0 && sequence() == 0 && threadIdx.x == 0) {
-      params.clock[static_cast<int>(mark)] = clock64();
-    }
-  }
-  // Of what may come again; the first thread asks alone, as it counts the reads itself.
-  __device__ __forceinline__ void note_first(Mark mark) const {
-    if (threadIdx.x == 0 && shared.walk.reads == 0) note(mark);
-  }
-};
-
-template <LogitType kType>
-__device__ __forceinline__ void load_sequence(const Context<kType>& context) {
+__device__ __forceinline__ void load_sequence(const Context<kType>& context, int exchanges) {
   const VerifyParams& params = context.params;
   Shared& shared = context.shared;
   const int node = static_cast<int>(threadIdx.x), sequence = context.sequence();
@@ -131,7 +45,7 @@ __device__ __forceinline__ void load_sequence(const Context<kType>& context) {
     context.open_mailbox(static_cast<int>(threadIdx.x) - (kThreads - 160));
   }
   if (threadIdx.x == kThreads - 128) shared.epoch = *reinterpret_cast<const uint64_t*>(context.header());
-  if (threadIdx.x == kThreads - 96) Walk::start(params, shared);
+  if (threadIdx.x == kThreads - 96) Walk::start(params, shared, exchanges);
   if (threadIdx.x == kThreads - 32) shared.law = load_law(params.sampling, sequence, params.vocab_size);
   if (threadIdx.x == kThreads - 64) {
     const int64_t position = params.positions[sequence];
@@ -142,39 +56,6 @@ __device__ __forceinline__ void load_sequence(const Context<kType>& context) {
     shared.penalties.eos = params.sampling.eos_token_ids + sequence * kMaxEos;
     shared.seed = params.sampling.seed[sequence];
     shared.position = position;
-  }
-}
-
-// The slices of this block in some rows, one after the other, dealt to a number of workers in turn. No division: it
-// would take longer than the work itself.
-struct Items {
-  int row, local, num_local, num_workers;
-
-  __device__ __forceinline__ Items(int worker, int num_workers, int num_local)
-      : row(0), local(worker), num_local(num_local), num_workers(num_workers) {
-    settle();
-  }
-  __device__ __forceinline__ void advance() { local += num_workers, settle(); }
-
- private:
-  __device__ __forceinline__ void settle() {
-    if (num_local == 1) {
-      row += local, local = 0;
-    } else {
-#pragma unroll 1
-      for (; local >= num_local; local -= num_local) ++row;
-    }
-  }
-};
-
-template <LogitType kType>
-__device__ __forceinline__ void load_tile(const Row<kType>& row, int tile, float4 (&x)[kVectors]) {
-  if (__builtin_expect(row.vectors(), true)) {
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) x[j] = row.load_vector(lane_token(tile, j));
-  } else {
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) x[j] = row.load(lane_token(tile, j), false);
   }
 }
 
@@ -194,61 +75,6 @@ __device__ __forceinline__ void load_tile(const Context<kType>& context, const S
   }
 }
 
-// A lane's share of a slice, of which the largest logits of all lanes are taken one by one. A lane keeps its first
-// three; if all of them are taken, what it knows of the next is that the third was no less.
-struct LargestThree {
-  float first = -kInfinity, second = -kInfinity, third = -kInfinity;
-
-  __device__ __forceinline__ void add(float x) {
-    const float rest = fminf(first, x);
-    first = fmaxf(first, x);
-    const float least = fminf(second, rest);
-    second = fmaxf(second, rest);
-    third = fmaxf(third, least);
-  }
-  __device__ __forceinline__ void add(const float4 (&x)[kVectors]) {
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) add(x[j].x), add(x[j].y), add(x[j].z), add(x[j].w);
-  }
-
-  // Up to eight of the largest of all lanes, the i-th to lane i, and no less than all the others to every lane.
-  __device__ __forceinline__ float take(float& others) const {
-    uint32_t key = ordered_key(first), next = ordered_key(second), last = ordered_key(third),
-             mine = ordered_key(-kInfinity);
-    int taken = 0;
-    uint32_t exhausted = 0;  // lanes of which all three are taken: what they have left is no logit, but a bound
-#pragma unroll 1
-    for (int i = 0; i < kListed; ++i) {
-      const uint32_t top = __reduce_max_sync(kAllLanes, key);
-      const uint32_t holders = __ballot_sync(kAllLanes, key == top), holder = holders & (0u - holders);
-      if (holder & exhausted) break;
-      if (lane_index() == i) mine = top;
-      if (holder == 1u << lane_index()) {
-        if (++taken < 3) key = next, next = last;
-      }
-      exhausted = __ballot_sync(kAllLanes, taken == 3);
-    }
-    others = from_ordered_key(__reduce_max_sync(kAllLanes, key));
-    return from_ordered_key(mine);
-  }
-};
-
-// The statistics of a whole slice so far and of its next tile.
-__device__ __forceinline__ TileStats join(TileStats before, TileStats next, float scale, bool greedy) {
-  const float maximum = fmaxf(before.maximum, next.maximum);
-  if (greedy) {
-    const int a = __float_as_int(before.mass), b = __float_as_int(next.mass);
-    const bool bad = a < 0 || b < 0;
-    const int token = before.maximum == next.maximum ? min(a, b) : before.maximum > next.maximum ? a : b;
-    return {maximum, __int_as_float(bad ? -1 : token)};
-  }
-  const auto part = [&](TileStats stats) {
-    return stats.maximum > -kInfinity || isnan(stats.mass) ? stats.mass * exp2_fast((stats.maximum - maximum) * scale)
-                                                           : 0.0f;
-  };
-  return {maximum, part(before) + part(next)};
-}
-
 // Whether a row's statistics are of use: a leaf's are not where tokens are drawn from its law as it is.
 template <LogitType kType>
 __device__ __forceinline__ bool is_read(const Context<kType>& context, int node) {
@@ -259,48 +85,52 @@ __device__ __forceinline__ bool is_read(const Context<kType>& context, int node)
 // Reads this block's slices of the rows and sends what it finds.
 template <LogitType kType>
 __device__ __forceinline__ void send_slices(Context<kType> context, int num_rows) {
-  float4 x[kVectors];
   const Shared& shared = context.shared;
   const Law& law = shared.law;
   const bool greedy = law.greedy, cuts = law.cuts;
   const Span& span = shared.span;
   const int num_targets = span.num_targets();
   const uint64_t number = context.number();
-#pragma unroll 1
-  for (Items items(warp_index(), kWarps, context.num_local()); items.row < num_rows; items.advance()) {
-    const bool is_target = items.row < num_targets;
-    const int place = is_target ? span.target(items.row) : 0, depth = shared.tree[place].depth;
-    if (is_target && !is_read(context, place)) continue;
-    const float scale = is_target ? law.scale : kLog2e;
-    const int slice = context.slice(items.local), first = slice * context.params.slicing.tiles_per_slice;
-    const int end = min(first + context.params.slicing.tiles_per_slice, context.params.slicing.num_tiles);
-    TileStats stats = {};
-    LargestThree largest;
-#pragma unroll 1
-    for (int tile = first; tile < end; ++tile) {
-      load_tile(context, span, items.row, tile, x);
-      if (__builtin_expect(is_target && shared.penalties.touch(depth), false)) {
+  const auto wanted = [&](int row) { return row >= num_targets || is_read(context, span.target(row)); };
+  const Tiles start(context, num_rows, wanted);
+  if (!start.left()) return;
+  float4 x[kVectors];
+  load_tile(context, span, start.items.row, start.tile, x);
+  TileStats stats;
+  LargestThree largest;
+  read_tiles(
+      context, start, x, wanted,
+      [&](const Tiles& at, float4(&x)[kVectors]) { load_tile(context, span, at.items.row, at.tile, x); },
+      [&](const Tiles& at) {
+        const int row = at.items.row;
+        const bool is_target = row < num_targets;
+        const int place = is_target ? span.target(row) : 0, depth = shared.tree[place].depth;
+        const float scale = is_target ? law.scale : kLog2e;
+        if (__builtin_expect(is_target && shared.penalties.touch(depth), false)) {
 #pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-          x[j] = penalise(x[j], shared.penalties, lane_token(tile, j), place, depth, context.params.vocab_size);
+          for (int j = 0; j < kVectors; ++j) {
+            x[j] = penalise(x[j], shared.penalties, lane_token(at.tile, j), place, depth, context.params.vocab_size);
+          }
         }
-      }
-      const TileStats next = greedy ? greedy_statistics(x, tile) : tile_statistics(x, scale);
-      stats = tile == first ? next : join(stats, next, scale, greedy);
-      if (cuts && is_target) largest.add(x);
-    }
-    if (cuts && is_target) {
-      float others;
-      const float mine = largest.take(others), neighbour = __shfl_down_sync(kAllLanes, mine, 1);
-      const int kind = lane_index() / 2;
-      const uint64_t content = kind < kListed / 2 ? content_of(mine, neighbour) : content_of(stats.mass, others);
-      if (lane_index() % 2 == 0 && kind < kKinds) {
-        send(context.about_slice(kind, items.row, slice), content, number);
-      }
-    } else if (lane_index() == 0) {
-      send(context.about_slice(0, items.row, slice), content_of(stats.maximum, stats.mass), number);
-    }
-  }
+        const TileStats found = greedy ? greedy_statistics(x, at.tile) : tile_statistics(x, scale);
+        stats = at.is_first() ? found : join(stats, found, scale, greedy);
+        if (cuts && is_target) {
+          if (at.is_first()) largest = {};
+          largest.add(x, 0);
+        }
+        if (!at.is_last()) return;
+        const int slice = context.slice(at.items.local);
+        if (cuts && is_target) {
+          float others;
+          int place;
+          const float mine = largest.take<false>(others, place), neighbour = __shfl_down_sync(kAllLanes, mine, 1);
+          const int kind = lane_index() / 2;
+          const uint64_t content = kind < kListed / 2 ? content_of(mine, neighbour) : content_of(stats.mass, others);
+          if (lane_index() % 2 == 0 && kind < kKinds) send(context.about_slice(kind, row, slice), content, number);
+        } else if (lane_index() == 0) {
+          send(context.about_slice(0, row, slice), content_of(stats.maximum, stats.mass), number);
+        }
+      });
 }
 
 // The threshold of a row from all of it, by one block.
@@ -395,16 +225,6 @@ __device__ __forceinline__ void receive_rows(const Context<kType>& context, int 
   }
 }
 
-// Two parts of a row together; the second is of later tokens.
-__device__ __forceinline__ Partial join(Partial a, Partial b, bool bare, float scale) {
-  if (!bare) return {a.sum + b.sum, a.left + b.left, better(a.best, b.best)};
-  const float maximum = fmaxf(a.left, b.left);
-  const float share_a = a.left > -kInfinity ? exp2_fast((a.left - maximum) * scale) : 0.0f;
-  const float share_b = b.left > -kInfinity ? exp2_fast((b.left - maximum) * scale) : 0.0f;
-  a.best.score *= share_a, b.best.score *= share_b;
-  return {a.sum * share_a + b.sum * share_b, maximum, better(a.best, b.best)};
-}
-
 // A warp's part of a slice, of a row whose statistics are known or, kBare, of its law as it is.
 template <bool kBare, LogitType kType>
 __device__ __forceinline__ Partial pass_over(const Context<kType>& context, const Request& request, int slice,
@@ -455,10 +275,10 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
       }
 #pragma unroll 1
       for (int k = 0; k < request.num_removed; ++k) {
-        const int place = shared.removed_token[k] - first;
+        const int place = shared.removed_token[request.first_removed + k] - first;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if (place == j) taken[j] = shared.removed_scale[k], kept[j] = 0;
+          if (place == j) taken[j] = shared.removed_scale[request.first_removed + k], kept[j] = 0;
         }
       }
 #pragma unroll
@@ -571,9 +391,9 @@ __device__ __forceinline__ void receive_part(const Context<kType>& context, bool
 template <LogitType kType>
 __device__ __forceinline__ void pass(const Context<kType>& context) {
   const Shared& shared = context.shared;
-  const int team = warp_index() / kPhases, phase = warp_index() % kPhases;
+  const int team = warp_index() / kPhases, phase = warp_index() % kPhases, num_requests = shared.num_requests;
 #pragma unroll 1
-  for (Items items(team, kTeams, context.num_local()); items.row < shared.num_requests; items.advance()) {
+  for (Items items(team, kTeams, context.num_local()); items.row < num_requests; items.advance()) {
     const int index = items.row, slice = context.slice(items.local);
     const Request request = shared.requests[index];
     const Partial part = request.bare ? pass_over<true>(context, request, slice, phase)
@@ -581,7 +401,7 @@ __device__ __forceinline__ void pass(const Context<kType>& context) {
     send_part(context, part, request.bare, index, slice);
   }
   const int index = warp_index();
-  if (index < shared.num_requests) receive_part(context, shared.requests[index].bare, index);
+  if (index < num_requests) receive_part(context, shared.requests[index].bare, index);
   __syncthreads();
 }
 
@@ -590,7 +410,7 @@ __device__ __forceinline__ void pass(const Context<kType>& context) {
 template <LogitType kType>
 __device__ __forceinline__ void send_last(const Context<kType>& context) {
   const int team = warp_index() / kPhases, phase = warp_index() % kPhases;
-  const Request request = {context.params.num_nodes - 1, 1.0f, 0.0f, 0, true, true, Stream::kEmit};
+  const Request request = {context.params.num_nodes - 1, 1.0f, 0.0f, 0, 0, true, true, Stream::kEmit};
 #pragma unroll 1
   for (Items items(kTeams - 1 - team, kTeams, context.num_local()); items.row == 0; items.advance()) {
     const int slice = context.slice(items.local);
@@ -727,6 +547,37 @@ __device__ __forceinline__ void write(const VerifyParams& params, const Shared& 
   }
 }
 
+// The walk over a tree, after so many exchanges.
+template <LogitType kType>
+__device__ __forceinline__ void verify_tree(const Context<kType>& context, int exchanges) {
+  Shared& shared = context.shared;
+  load_sequence(context, exchanges);
+  __syncthreads();
+  do {
+    shared.walk.need == Need::kRead ? read(context) : pass(context);
+    if (warp_index() == 0) {
+      const Need need = Walk(context.params, shared).resume();
+      if (context.rank() == 0 && need == Need::kNothing) {
+        context.note(Mark::kWalk);
+        write(context.params, shared, context.sequence());
+        // All blocks have sent something, so all have seen the old number.
+        if (lane_index() == 0) context.header()->content = shared.epoch + 1;
+      }
+    }
+    __syncthreads();
+  } while (shared.walk.need != Need::kNothing);
+  context.note(Mark::kEnd);
+}
+
+// The same as a call, which reads the parameters from shared memory. Inlined beside the way of a chain, it would be
+// short of registers.
+template <LogitType kType>
+static __device__ __noinline__ void verify_as_tree(const VerifyParams& params, Shared& shared, int exchanges) {
+  __builtin_assume(__isShared(&params));
+  __builtin_assume(__isShared(&shared));
+  verify_tree(Context<kType>(params, shared), exchanges);
+}
+
 template <LogitType kType>
 __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_constant__ VerifyParams params) {
   __shared__ Shared shared;
@@ -735,23 +586,21 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   context.note(Mark::kStart);
+  verify_tree(context, 0);
+}
 
-  load_sequence(context);
+template <LogitType kType>
+__global__ void __launch_bounds__(kThreads, 1) verify_chain_kernel(const __grid_constant__ VerifyParams params) {
+  __shared__ Shared shared;
+  __shared__ ChainShared chain_shared;
+  const Context<kType> context(params, shared);
+  const int exchanges = Chain<kType>(context, chain_shared).verify();
+  if (exchanges == kDecided) return;
+  constexpr int kWords = sizeof(VerifyParams) / sizeof(uint32_t);
+  __shared__ alignas(VerifyParams) uint32_t copy[kWords];
+  if (threadIdx.x < kWords) copy[threadIdx.x] = reinterpret_cast<const uint32_t*>(&params)[threadIdx.x];
   __syncthreads();
-  do {
-    shared.walk.need == Need::kRead ? read(context) : pass(context);
-    if (warp_index() == 0) {
-      const Need need = Walk(params, shared).resume();
-      if (context.rank() == 0 && need == Need::kNothing) {
-        context.note(Mark::kWalk);
-        write(params, shared, context.sequence());
-        // All blocks have sent something, so all have seen the old number.
-        if (lane_index() == 0) context.header()->content = shared.epoch + 1;
-      }
-    }
-    __syncthreads();
-  } while (shared.walk.need != Need::kNothing);
-  context.note(Mark::kEnd);
+  verify_as_tree<kType>(reinterpret_cast<const VerifyParams&>(copy), shared, exchanges);
 }
 
 }  // namespace
@@ -781,14 +630,27 @@ int verify(const VerifyParams& params, void* stream) {
   // At the end of a chain that is read at once.
   launched.draws_last = params.draft_logits != nullptr && params.max_depth == params.num_nodes - 1 &&
                         params.root_ahead == params.max_depth;
+  // As long as there is shared memory for its lists, which the function is allowed once and for all.
+  constexpr int kOther = sizeof(Shared) + sizeof(ChainShared) + sizeof(VerifyParams) + 256;
+  const int longest =
+      std::min<int>(kMaxChain, (device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOther) / sizeof(RowLists));
+  const bool chain = is_chain(params) && params.num_nodes <= longest;
   launched.max_local = (params.slicing.num_slices + group_size - 1) / group_size;
   // From sm_90 on the blocks are set up while the kernel before comes to its end, and wait for it (griddepcontrol).
   const bool starts_early = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   return for_type(params.logit_type, [&](auto type) -> int {
+    constexpr LogitType kType = decltype(type)::value;
+    const auto kernel = chain ? verify_chain_kernel<kType> : verify_kernel<kType>;
+    if (chain) {
+      const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                       longest * static_cast<int>(sizeof(RowLists)));
+      if (allowed != cudaSuccess) return allowed;
+    }
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(group_size, params.batch_size);
     config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = chain ? params.num_nodes * sizeof(RowLists) : 0;
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
     if (starts_early) {
@@ -799,7 +661,7 @@ int verify(const VerifyParams& params, void* stream) {
       attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
       attributes[config.numAttrs++].val.cooperative = 1;  // blocks of a group wait for each other
     }
-    return cudaLaunchKernelEx(&config, verify_kernel<decltype(type)::value>, launched);
+    return cudaLaunchKernelEx(&config, kernel, launched);
   });
 }
 

@@ -34,7 +34,7 @@ struct alignas(16) Partial {
 struct Request {
   int node;
   float a, c;
-  int num_removed;  // tokens removed before keep the c they had
+  int first_removed, num_removed;  // tokens removed before, in `removed_token`, keep the c they had
   bool race;
   bool bare;  // the row's statistics are not known: a draw from the law as it is
   Stream stream;
@@ -126,8 +126,9 @@ struct Shared {
   Known known[kMaxNodes];
   int next[kMaxNodes];  // greedy: the child that the argmax leads to; kMaxNodes if none
   int drawn[kMaxNodes];  // rules that follow one token per row: that token, -1 if the row is no law, or kNotDrawn
-  int removed_token[kMaxNodes];  // rejected siblings at the current node,
-  float removed_scale[kMaxNodes];  // and how much of q was taken off them
+  // Rejected siblings at the current node, and after kMaxNodes one for each request made ahead;
+  int removed_token[kMaxNodes + kMaxRequests];
+  float removed_scale[kMaxNodes + kMaxRequests];  // and how much of q was taken off them
   int passing_node[kMaxNodes];  // block verification: nodes whose test may succeed,
   float passing_r[kMaxNodes];  // and their r
   int num_requests;
@@ -151,11 +152,13 @@ class Walk {
   __device__ __forceinline__ Walk(const VerifyParams& params, Shared& shared)
       : params_(params), shared_(shared), at_(shared.walk) {}
 
-  __device__ __forceinline__ static void start(const VerifyParams& params, Shared& shared) {
+  __device__ __forceinline__ static void start(const VerifyParams& params, Shared& shared, int exchanges) {
     WalkState at = {};
+    at.reads = exchanges;
     at.limit = params.num_nodes - 1;
     at.length = -1;
     shared.walk = at;
+    shared.num_requests = 0;
     shared.span = Span(params);
   }
 
@@ -177,6 +180,8 @@ class Walk {
       block_verification();
     } else {
       if (lane_index() == 0) recursive_rejection();
+      __syncwarp();
+      if (params_.max_local == 1) look_ahead();
     }
   }
 
@@ -200,10 +205,17 @@ class Walk {
       return end_with(node, shared_.found[kLastRequest].best);
     }
     if (!bare()) {
-      if (shared_.known[node] == Known::kNo) return read(node);
+      if (shared_.known[node] == Known::kNo) {
+        at_.phase = Phase::kArrive;
+        return read(node);
+      }
       if (shared_.known[node] == Known::kInvalid) return finish(node, -1);
     }
-    pass(Phase::kLastDraw, {node, 1.0f, 0.0f, 0, true, bare(), Stream::kEmit});
+    pass(Phase::kLastDraw, draw_from(node));
+  }
+
+  __device__ __forceinline__ Request draw_from(int node) const {
+    return {node, 1.0f, 0.0f, 0, 0, true, bare(), Stream::kEmit};
   }
 
   // After emit(), or with the winner of another race.
@@ -247,7 +259,7 @@ class Walk {
     at_.need = Need::kPass, at_.phase = Phase::kDraw, at_.node = node;
     const Stream stream = params_.rule == Rule::kDrafterInvariant ? Stream::kCoupled : Stream::kTarget;
     int count = 0;
-    const auto push = [&](int one) { shared_.requests[count++] = {one, 1.0f, 0.0f, 0, true, bare(), stream}; };
+    const auto push = [&](int one) { shared_.requests[count++] = {one, 1.0f, 0.0f, 0, 0, true, bare(), stream}; };
     push(node);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
@@ -341,6 +353,7 @@ class Walk {
                                  root ? 1.0f : shared_.passing_r[place],
                                  1.0f,
                                  0,
+                                 0,
                                  true,
                                  false,
                                  Stream::kEmit};
@@ -380,35 +393,59 @@ class Walk {
   // After some rejections the target's law at the node is [p - c q]+ / mass for one scalar c, but for the rejected
   // tokens, whose q is gone and whose c stands still.
   __device__ __forceinline__ void recursive_rejection() {
-    int node = at_.node;
-    const Partial found = shared_.found[0];
-    if (at_.phase == Phase::kLastDraw) return end_with(node, found.best);
-    if (at_.phase == Phase::kDraw) {
-      if (found.sum > kRounding) return finish(node, found.best.token);
-      restore(at_.previous);
-      return pass(Phase::kLastDraw, {node, 1.0f, at_.previous, at_.num_removed, true, false, Stream::kEmit});
-    }
-    if (at_.phase == Phase::kRest) {
-      // What is left of q is summed anew: 1 - q has no digits where a draft was sure of what it drew first.
-      at_.left = found.left;
-      if (found.sum > kRounding) {
-        at_.mass = found.sum;
-      } else {
-        at_.c = at_.previous;
-        restore(at_.c);
-      }
-      ++at_.child;
-    }
+    Partial found = shared_.found[0];
+#pragma unroll 1
     for (;;) {
-      const int first = shared_.tree[node].first_child;
+      const int node = at_.node;
+      if (at_.phase == Phase::kLastDraw) return end_with(node, found.best);
+      if (at_.phase == Phase::kDraw) {
+        if (found.sum > kRounding) return finish(node, found.best.token);
+        restore(at_.previous);
+        return pass(Phase::kLastDraw, {node, 1.0f, at_.previous, 0, at_.num_removed, true, false, Stream::kEmit});
+      }
+      if (at_.phase == Phase::kRest) {
+        // What is left of q is summed anew: 1 - q has no digits where a draft was sure of what it drew first.
+        at_.left = found.left;
+        if (found.sum > kRounding) {
+          at_.mass = found.sum;
+        } else {
+          at_.c = at_.previous;
+          restore(at_.c);
+        }
+        ++at_.child;
+      }
+      if (!test_siblings()) return;
+      // Its pass may have been made ahead.
+      const auto is_it = [&](const Request& request) {
+        return request.node == at_.node && request.num_removed == at_.num_removed;
+      };
+      int made = 1;
+#pragma unroll 1
+      while (made < shared_.num_requests && !is_it(shared_.requests[made])) ++made;
+      if (made >= shared_.num_requests) {
+        if (at_.c > 0) {
+          const bool race = at_.phase == Phase::kDraw;
+          return pass(at_.phase, {at_.node, 1.0f, at_.c, 0, at_.num_removed, race, false, Stream::kEmit});
+        }
+        return emit(at_.node);
+      }
+      found = shared_.found[made];
+    }
+  }
+
+  // Follows the path until a pass is needed, at at_.node; false if it needs something else, or ends.
+  __device__ __forceinline__ bool test_siblings() {
+#pragma unroll 1
+    for (;;) {
+      const int node = at_.node, first = shared_.tree[node].first_child;
       int last = first + shared_.tree[node].num_children - 1;
       if (at_.phase == Phase::kArrive) {
-        if (last < first) return emit(node);
-        const Known known = shared_.known[node];
-        if (known == Known::kNo) return read(node);
-        if (known == Known::kInvalid) return finish(node, -1);
-        at_.child = first;
         at_.mass = at_.left = 1, at_.c = at_.previous = 0, at_.num_removed = 0;
+        if (last < first) return will_draw();
+        const Known known = shared_.known[node];
+        if (known == Known::kNo) return read(node), false;
+        if (known == Known::kInvalid) return finish(node, -1), false;
+        at_.child = first;
         at_.phase = Phase::kTest;
       }
 #pragma unroll 1
@@ -419,17 +456,68 @@ class Walk {
         if (test.token < 0) continue;
         if (accepts(test)) break;
         if (at_.child < last && at_.c != at_.previous) {  // only a later test needs the masses
-          at_.node = node;
-          return pass(Phase::kRest, {node, 1.0f, at_.c, at_.num_removed, false, false, Stream::kEmit});
+          at_.phase = Phase::kRest;
+          return true;
         }
       }
-      if (at_.child > last) {
-        at_.node = node;
-        if (!(at_.c > 0)) return emit(node);
-        return pass(Phase::kDraw, {node, 1.0f, at_.c, at_.num_removed, true, false, Stream::kEmit});
-      }
-      node = at_.child;
+      if (at_.child > last) return will_draw();
+      at_.node = at_.child;
       at_.phase = Phase::kArrive;
+    }
+  }
+
+  // The token after at_.node comes from what is left of its law, or from all of it.
+  __device__ __forceinline__ bool will_draw() {
+    at_.phase = at_.c > 0 ? Phase::kDraw : Phase::kLastDraw;
+    return true;
+  }
+
+  // With the pass between two siblings go those that will be needed first if a later sibling is accepted: a lane for
+  // each follows its path, whose tests are known.
+  __device__ __forceinline__ void look_ahead() {
+    const int phase = at_.need == Need::kPass ? static_cast<int>(at_.phase) : -1;
+    if (__shfl_sync(kAllLanes, phase, 0) != static_cast<int>(Phase::kRest)) return;
+    const TreeNode& place = shared_.tree[__shfl_sync(kAllLanes, at_.node, 0)];
+    const int sibling = __shfl_sync(kAllLanes, at_.child, 0) + 1 + lane_index();
+    Request request;
+    int rejected = -1;
+    const bool made = lane_index() < kMaxRequests - 1 && sibling < place.first_child + place.num_children &&
+                      shared_.tests[sibling].token >= 0 && follow(sibling, request, rejected);
+    const uint32_t all = __ballot_sync(kAllLanes, made);
+    if (made) {
+      const int index = 1 + __popc(all & ((1u << lane_index()) - 1));
+      shared_.removed_token[kMaxNodes + index] = rejected;
+      shared_.removed_scale[kMaxNodes + index] = request.c;
+      request.first_removed = kMaxNodes + index;
+      shared_.requests[index] = request;
+    }
+    if (lane_index() == 0) shared_.num_requests = 1 + __popc(all);
+  }
+
+  // The first pass that is needed from a node on, and the token rejected there; false if it is not known.
+  __device__ __forceinline__ bool follow(int node, Request& request, int& rejected) const {
+#pragma unroll 1
+    for (;;) {
+      const TreeNode& place = shared_.tree[node];
+      const int last = place.first_child + place.num_children - 1;
+      const Known known = shared_.known[node];
+      int child = place.first_child, after = last;
+      if (known == Known::kInvalid || (known == Known::kNo && (child <= last || !bare()))) return false;
+#pragma unroll 1
+      while (child <= last && shared_.tests[child].token < 0) ++child;
+      if (child > last) {
+        request = draw_from(node);
+        return true;
+      }
+      const Test test = shared_.tests[child];
+      if (!(test.p > 0 && test.uniform * test.q <= test.p)) {
+#pragma unroll 1
+        while (shared_.tests[after].token < 0) --after;
+        request = {node, 1.0f, 1.0f, 0, 1, child == after, false, Stream::kEmit};
+        rejected = test.token;
+        return true;
+      }
+      node = child;
     }
   }
 
@@ -441,7 +529,7 @@ class Walk {
       if (shared_.removed_token[j] == test.token) taken = shared_.removed_scale[j], q = 0;
     }
     const float p = fmaxf(test.p - taken * test.q, 0.0f);
-    if (q > 0 && at_.left > 0 ? test.uniform * q * at_.mass <= p * at_.left : p > 0) return true;
+    if (p > 0 && (!(at_.left > 0) || test.uniform * q * at_.mass <= p * at_.left)) return true;
     at_.previous = at_.c;
     if (at_.left > 0) at_.c += at_.mass / at_.left;
     shared_.removed_token[at_.num_removed] = test.token;

@@ -41,13 +41,15 @@ def chosen_cases(device: str) -> Iterator[tuple[int, Case]]:
     chain, long_chain, tree = DraftTree.chain(5), DraftTree.chain(15), DraftTree.kary((4, 2, 2, 2))
     plain, greedy = SamplingParams(), SamplingParams(temperature=0.0)
     cut, nucleus = SamplingParams(top_k=20, top_p=0.9), SamplingParams(top_p=0.9, min_p=0.01)
-    penalised = SamplingParams(repetition_penalty=1.3)
+    penalised, flat = SamplingParams(repetition_penalty=1.3), SamplingParams(temperature=50.0, top_p=0.95)
     # The seeds are such that drafts are good: some are accepted to the end, some are rejected on the way.
     for seed, shape, rule, dtype, vocab_size, params in (
         (9, chain, Rule.BLOCK, torch.float32, 4097, (plain,)),
         (21, chain, Rule.BLOCK, torch.float32, 4097, (plain,)),
         (17, chain, Rule.TOKEN_LEVEL, torch.bfloat16, 33281, (plain, penalised)),
         (20, long_chain, Rule.BLOCK, torch.float16, 4097, (plain, cut, greedy)),
+        (12, chain, Rule.BLOCK, torch.float32, 33281, (cut,)),
+        (13, chain, Rule.TOKEN_LEVEL, torch.float32, 4097, (flat, cut)),
         (4, tree, Rule.RECURSIVE_REJECTION, torch.float32, 4097, (plain, nucleus, greedy)),
         (1, tree, Rule.RECURSIVE_REJECTION, torch.bfloat16, 33281, (plain,)),
         (27, tree, Rule.TARGET_ONLY, torch.float32, 4097, (plain, cut)),

@@ -72,6 +72,45 @@ def test_kernels_equal_the_reference_on_large_vocabularies(backend, vocab_size):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("gamma", [1, 5, 14, 15, 16, 31])
+def test_short_and_long_chains(backend, gamma):
+    """Up to 16 nodes the CUDA kernel has a way of its own, which leaves some laws and sequences to the general one."""
+    vocabularies = (33, 2049, 4097, 32064)
+    for rule in (Rule.BLOCK, Rule.TOKEN_LEVEL):
+        compare(
+            range(5000, 5030), backend, "cuda", tree=DraftTree.chain(gamma), rule=rule, vocabularies=vocabularies
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("rule", [Rule.BLOCK, Rule.TOKEN_LEVEL])
+@pytest.mark.parametrize("top_k", [0, 40])
+def test_where_nothing_is_left_of_a_residual_the_law_itself_is_drawn_from(backend, rule, top_k):
+    """A draft that agrees wholly with the target, and a token that neither would draw."""
+    tree, vocab_size, batch = DraftTree.chain(3), 4097, 4
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(batch, 4, vocab_size, generator=generator) * 3
+    tokens = torch.zeros(batch, 4, dtype=torch.int64)
+    sampling = SamplingTensors(batch, vocab_size, "cuda")
+    for row in range(batch):
+        broken = row % 3 + 1
+        for node in range(1, 4):
+            tokens[row, node] = logits[row, node - 1].argmax()
+        tokens[row, broken] = 7
+        logits[row, broken - 1, 7] = float("-inf")
+        sampling.set(row, SamplingParams(top_k=top_k), 40 + row)
+    q = logits[:, :3].clone()
+    if top_k:
+        q = q.masked_fill(q < q.topk(top_k).values[..., -1:], float("-inf"))
+    arguments = (logits.cuda(), tokens.cuda(), tree, sampling, torch.full((batch,), 9).cuda(), rule, q.cuda())
+    expected = verify(*arguments, backend="reference")
+    assert expected.num_accepted.tolist() == [row % 3 for row in range(batch)]
+    assert_same(expected, verify(*arguments, backend=backend), rule.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
 def test_large_batches_and_trees(backend):
     compare(range(4000, 4010), backend, "cuda", vocabularies=VOCABULARIES[4:], max_nodes=30, max_batch=64)
     for tree in (
@@ -299,9 +338,14 @@ def test_the_lowest_temperatures(backend, temperature):
 
 
 @pytest.mark.gpu
-def test_results_do_not_depend_on_the_launch_shape(monkeypatch):
-    """Any group size, with helpers or without, alone or in a batch: the same bits."""
-    tree, vocab_size = DraftTree.kary((3, 2, 1)), 32064
+@pytest.mark.parametrize(
+    ("tree", "rule"),
+    [(DraftTree.kary((3, 2, 1)), Rule.RECURSIVE_REJECTION), (DraftTree.chain(5), Rule.BLOCK)],
+    ids=["tree", "chain"],
+)
+def test_results_do_not_depend_on_the_launch_shape(tree, rule):
+    """Blocks with one slice of the vocabulary or many: the same bits."""
+    vocab_size = 32064
     generator = torch.Generator().manual_seed(8)
     logits = (torch.randn(4, tree.num_nodes, vocab_size, generator=generator) * 2).cuda()
     q = (
@@ -324,7 +368,7 @@ def test_results_do_not_depend_on_the_launch_shape(monkeypatch):
     positions = torch.tensor([9, 8, 7, 6], device="cuda")
 
     def outcome(group_size):
-        verifier = Verifier(tree, 4, vocab_size, Rule.RECURSIVE_REJECTION, "cuda", "cuda")
+        verifier = Verifier(tree, 4, vocab_size, rule, "cuda", "cuda")
         verifier._group_size = group_size
         return [one.tolist() for one in verifier(logits, tokens, sampling, positions, q)]
 
@@ -350,16 +394,20 @@ def test_a_captured_graph_follows_its_inputs(backend):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         verdict = verifier(logits, tokens, sampling, positions, q)
+    laws = (
+        SamplingParams(),
+        SamplingParams(temperature=0),
+        SamplingParams(top_k=5),
+        SamplingParams(temperature=50.0, top_p=0.95),
+        SamplingParams(repetition_penalty=1.3),
+    )
     for step in range(50):
         logits.copy_(torch.randn(logits.shape, generator=generator) * 3)
         q.copy_(logits[:, :4].cpu() + torch.randn(q.shape, generator=generator))
         tokens.copy_(torch.cat([torch.zeros(2, 1, dtype=torch.int64), q.argmax(-1).cpu()], dim=1))
         positions.fill_(step)
         for row in range(2):
-            params = (SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_k=5))[
-                (step + row) % 3
-            ]
-            sampling.set(row, params, step * 10 + row)
+            sampling.set(row, laws[(step + row) % len(laws)], step * 10 + row)
         graph.replay()
         expected = verify(logits, tokens, tree, sampling, positions, Rule.BLOCK, q, backend="reference")
         assert_same(expected, verdict, f"replay {step}")
