@@ -418,6 +418,63 @@ __device__ __forceinline__ void send_last(const Context<kType>& context) {
   }
 }
 
+// While the first warp walks, the others sum the residuals that it will ask for first (first_rejected()).
+template <LogitType kType>
+__device__ __forceinline__ void send_sums(const Context<kType>& context, const Span& span, uint64_t number) {
+  Shared& shared = context.shared;
+  const int lane = lane_index(), place = kMaxNodes + warp_index();
+  const auto node_of = [&](int row) { return shared.tree[span.draft(row)].inner_node; };
+  uint32_t rows = __ballot_sync(kAllLanes, lane < span.num_drafts() && first_rejected(shared, node_of(lane)) >= 0);
+  int row = 0;
+  // Four warps share a row's slice; the second warp begins with the first part of the first row.
+#pragma unroll 1
+  for (int item = warp_index() - 1, next = 0; rows != 0; rows &= rows - 1, next += kPhases) {
+    if (item >= next + kPhases) continue;
+    row = __ffs(static_cast<int>(rows)) - 1;
+    const int node = node_of(row), phase = item - next;
+    if (lane == 0) {
+      shared.removed_token[place] = shared.tests[first_rejected(shared, node)].token;
+      shared.removed_scale[place] = 1.0f;
+    }
+    __syncwarp();
+    const Request request = {node, 1.0f, 1.0f, place, 1, false, false, Stream::kEmit};
+    const Partial part = pass_over<false>(context, request, context.slice(0), phase);
+    if (lane == 0) {
+      send(context.about_sum(row, phase, context.slice(0)), content_of(part.sum, part.left), number);
+    }
+    __syncwarp();  // before the token of the next one comes
+    item += kWarps - 1;
+  }
+}
+
+// Such a sum, by the walking warp: to found[0], added up as receive_part() does.
+template <LogitType kType>
+__device__ __forceinline__ void receive_sum(const Context<kType>& context, int node, int exchange) {
+  constexpr int kAtOnce = 2;  // slices of a lane
+  Shared& shared = context.shared;
+  const int num_slices = context.params.slicing.num_slices;
+  const int row = shared.span.row_of_draft(shared.tree[node].inner_row);
+  float sum = 0, left = 0;
+#pragma unroll 1
+  for (int first = lane_index(); first - lane_index() < num_slices; first += 32 * kAtOnce) {
+    uint64_t contents[kAtOnce * kPhases];
+    const auto slice = [&](int i) { return first + 32 * (i / kPhases); };
+    receive(
+        contents, context.number(exchange), [&](int i) { return slice(i) < num_slices; },
+        [&](int i) { return context.about_sum(row, i % kPhases, min(slice(i), num_slices - 1)); });
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (slice(i * kPhases) >= num_slices) continue;
+      const uint64_t* const parts = contents + i * kPhases;
+      sum += (first_of(parts[0]) + first_of(parts[1])) + (first_of(parts[2]) + first_of(parts[3]));
+      left += (second_of(parts[0]) + second_of(parts[1])) + (second_of(parts[2]) + second_of(parts[3]));
+    }
+  }
+  sum = warp_sum(sum), left = warp_sum(left);
+  if (lane_index() == 0) shared.found[0].sum = sum, shared.found[0].left = left;
+  __syncwarp();
+}
+
 // What is read of a span: no row where tokens are drawn from the target's laws as they are.
 template <LogitType kType>
 __device__ __forceinline__ int num_rows_read(const Context<kType>& context) {
@@ -554,9 +611,16 @@ __device__ __forceinline__ void verify_tree(const Context<kType>& context, int e
   load_sequence(context, exchanges);
   __syncthreads();
   do {
+    // What is read, as the first warp may go on to the next.
+    const bool sums = shared.walk.need == Need::kRead && sums_ahead(context.params) && !shared.law.greedy;
+    const Span span = shared.span;
+    const uint64_t number = context.number();
     shared.walk.need == Need::kRead ? read(context) : pass(context);
-    if (warp_index() == 0) {
-      const Need need = Walk(context.params, shared).resume();
+    if (warp_index() != 0) {
+      if (sums) send_sums(context, span, number);
+    } else {
+      const Need need =
+          Walk(context.params, shared).resume([&](int node, int exchange) { receive_sum(context, node, exchange); });
       if (context.rank() == 0 && need == Need::kNothing) {
         context.note(Mark::kWalk);
         write(context.params, shared, context.sequence());
@@ -614,7 +678,8 @@ Slicing::Slicing(int vocab_size) {
 int64_t verify_mail_size(int num_rows, int vocab_size) {
   const int slices = Slicing(vocab_size).num_slices;
   // After the last message may be read, though not used, what would be of slices that do not exist.
-  return 1 + kMaxSlices + 2 * (kKinds * num_rows * slices + 2 * num_rows + 2 * kNumRequests * slices);
+  return 1 + kMaxSlices + 2 * (kKinds * num_rows * slices + 2 * num_rows + 2 * kNumRequests * slices) +
+         num_rows * kPhases * slices;
 }
 
 int verify_group_size(int batch_size, int vocab_size) {

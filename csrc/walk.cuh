@@ -45,14 +45,15 @@ struct Decision {
   int stop, next;
 };
 
-// What the walk needs before it can go on: rows, or the passes of `requests`.
-enum class Need { kRead, kPass, kNothing };
+// What the walk needs before it can go on: rows, the passes of `requests`, or a sum that has been sent with the rows.
+enum class Need { kRead, kPass, kSum, kNothing };
 enum class Phase { kArrive, kTest, kRest, kDraw, kLastDraw };
 
 // Where the walk over the tree stands.
 struct WalkState {
   Need need;
   int reads, passes;  // that have been asked for before this one
+  int last_read;  // the exchange of the rows that are in `span`
   Decision decision;
   Phase phase;
   int node;  // where the path has come to, and what to read
@@ -99,6 +100,9 @@ struct Span {
   __device__ __forceinline__ int num_drafts() const { return inner_row < 0 ? 0 : 1 + num_inner; }
   __device__ __forceinline__ int target(int row) const { return row == 0 ? node : first_child + row - 1; }
   __device__ __forceinline__ int draft(int row) const { return row == 0 ? inner_row : first_inner + row - 1; }
+  __device__ __forceinline__ int row_of_draft(int inner) const {
+    return inner == inner_row ? 0 : inner - first_inner + 1;
+  }
   __device__ __forceinline__ bool holds(int other) const {
     return other == node || (other >= first_child && other < first_child + num_ahead);
   }
@@ -126,9 +130,9 @@ struct Shared {
   Known known[kMaxNodes];
   int next[kMaxNodes];  // greedy: the child that the argmax leads to; kMaxNodes if none
   int drawn[kMaxNodes];  // rules that follow one token per row: that token, -1 if the row is no law, or kNotDrawn
-  // Rejected siblings at the current node, and after kMaxNodes one for each request made ahead;
-  int removed_token[kMaxNodes + kMaxRequests];
-  float removed_scale[kMaxNodes + kMaxRequests];  // and how much of q was taken off them
+  // Rejected siblings at the current node, and after kMaxNodes one for each warp that sums ahead;
+  int removed_token[kMaxNodes + kWarps];
+  float removed_scale[kMaxNodes + kWarps];  // and how much of q was taken off them
   int passing_node[kMaxNodes];  // block verification: nodes whose test may succeed,
   float passing_r[kMaxNodes];  // and their r
   int num_requests;
@@ -144,6 +148,25 @@ struct Shared {
   Mailboxes mail[2];
 };
 
+// Whether blocks sum residuals before the walk asks for them: those which the first rejected sibling of each node
+// leaves, by the warps that do not walk. Blocks with several slices have enough to do, and chains have no siblings.
+__device__ __forceinline__ bool sums_ahead(const VerifyParams& params) {
+  return params.max_local == 1 && params.draft_logits != nullptr && params.max_depth < params.num_nodes - 1;
+}
+
+// The child whose rejection the next test at a node needs such a sum for; -1 if there is none.
+__device__ __forceinline__ int first_rejected(const Shared& shared, int node) {
+  if (shared.known[node] != Known::kYes) return -1;
+  int child = shared.tree[node].first_child, last = child + shared.tree[node].num_children - 1;
+#pragma unroll 1
+  while (child <= last && shared.tests[child].token < 0) ++child;
+#pragma unroll 1
+  while (child < last && shared.tests[last].token < 0) --last;
+  if (child >= last) return -1;
+  const Test test = shared.tests[child];
+  return test.p > 0 && test.uniform * test.q <= test.p ? -1 : child;
+}
+
 // The walk over the tree, by the first warp of a block. It stops wherever it needs the whole group, and is called again
 // with what the group found; `phase` says where it stopped. Where it stands is every lane's own, in registers; the
 // first lane's is handed on.
@@ -158,15 +181,21 @@ class Walk {
     at.limit = params.num_nodes - 1;
     at.length = -1;
     shared.walk = at;
-    shared.num_requests = 0;
     shared.span = Span(params);
   }
 
-  // Returns what the walk needs next.
-  __device__ __forceinline__ Need resume() {
+  // Returns what the walk needs next; `receive(node, exchange)` brings a sum that is on its way to found[0].
+  template <typename Receive>
+  __device__ __forceinline__ Need resume(Receive receive) {
+    if (at_.need == Need::kRead) at_.last_read = at_.reads + at_.passes;
     ++(at_.need == Need::kRead ? at_.reads : at_.passes);
     __syncwarp();  // before the first lane changes it
     step();
+#pragma unroll 1
+    while (__shfl_sync(kAllLanes, static_cast<int>(at_.need), 0) == static_cast<int>(Need::kSum)) {
+      receive(__shfl_sync(kAllLanes, at_.node, 0), __shfl_sync(kAllLanes, at_.last_read, 0));
+      step();
+    }
     if (lane_index() == 0) shared_.walk = at_;
     __syncwarp();
     return shared_.walk.need;
@@ -180,8 +209,6 @@ class Walk {
       block_verification();
     } else {
       if (lane_index() == 0) recursive_rejection();
-      __syncwarp();
-      if (params_.max_local == 1) look_ahead();
     }
   }
 
@@ -205,17 +232,10 @@ class Walk {
       return end_with(node, shared_.found[kLastRequest].best);
     }
     if (!bare()) {
-      if (shared_.known[node] == Known::kNo) {
-        at_.phase = Phase::kArrive;
-        return read(node);
-      }
+      if (shared_.known[node] == Known::kNo) return read(node);
       if (shared_.known[node] == Known::kInvalid) return finish(node, -1);
     }
-    pass(Phase::kLastDraw, draw_from(node));
-  }
-
-  __device__ __forceinline__ Request draw_from(int node) const {
-    return {node, 1.0f, 0.0f, 0, 0, true, bare(), Stream::kEmit};
+    pass(Phase::kLastDraw, {node, 1.0f, 0.0f, 0, 0, true, bare(), Stream::kEmit});
   }
 
   // After emit(), or with the winner of another race.
@@ -393,59 +413,35 @@ class Walk {
   // After some rejections the target's law at the node is [p - c q]+ / mass for one scalar c, but for the rejected
   // tokens, whose q is gone and whose c stands still.
   __device__ __forceinline__ void recursive_rejection() {
-    Partial found = shared_.found[0];
-#pragma unroll 1
-    for (;;) {
-      const int node = at_.node;
-      if (at_.phase == Phase::kLastDraw) return end_with(node, found.best);
-      if (at_.phase == Phase::kDraw) {
-        if (found.sum > kRounding) return finish(node, found.best.token);
-        restore(at_.previous);
-        return pass(Phase::kLastDraw, {node, 1.0f, at_.previous, 0, at_.num_removed, true, false, Stream::kEmit});
-      }
-      if (at_.phase == Phase::kRest) {
-        // What is left of q is summed anew: 1 - q has no digits where a draft was sure of what it drew first.
-        at_.left = found.left;
-        if (found.sum > kRounding) {
-          at_.mass = found.sum;
-        } else {
-          at_.c = at_.previous;
-          restore(at_.c);
-        }
-        ++at_.child;
-      }
-      if (!test_siblings()) return;
-      // Its pass may have been made ahead.
-      const auto is_it = [&](const Request& request) {
-        return request.node == at_.node && request.num_removed == at_.num_removed;
-      };
-      int made = 1;
-#pragma unroll 1
-      while (made < shared_.num_requests && !is_it(shared_.requests[made])) ++made;
-      if (made >= shared_.num_requests) {
-        if (at_.c > 0) {
-          const bool race = at_.phase == Phase::kDraw;
-          return pass(at_.phase, {at_.node, 1.0f, at_.c, 0, at_.num_removed, race, false, Stream::kEmit});
-        }
-        return emit(at_.node);
-      }
-      found = shared_.found[made];
+    int node = at_.node;
+    const Partial found = shared_.found[0];
+    if (at_.phase == Phase::kLastDraw) return end_with(node, found.best);
+    if (at_.phase == Phase::kDraw) {
+      if (found.sum > kRounding) return finish(node, found.best.token);
+      restore(at_.previous);
+      return pass(Phase::kLastDraw, {node, 1.0f, at_.previous, 0, at_.num_removed, true, false, Stream::kEmit});
     }
-  }
-
-  // Follows the path until a pass is needed, at at_.node; false if it needs something else, or ends.
-  __device__ __forceinline__ bool test_siblings() {
-#pragma unroll 1
+    if (at_.phase == Phase::kRest) {
+      // What is left of q is summed anew: 1 - q has no digits where a draft was sure of what it drew first.
+      at_.left = found.left;
+      if (found.sum > kRounding) {
+        at_.mass = found.sum;
+      } else {
+        at_.c = at_.previous;
+        restore(at_.c);
+      }
+      ++at_.child;
+    }
     for (;;) {
-      const int node = at_.node, first = shared_.tree[node].first_child;
+      const int first = shared_.tree[node].first_child;
       int last = first + shared_.tree[node].num_children - 1;
       if (at_.phase == Phase::kArrive) {
-        at_.mass = at_.left = 1, at_.c = at_.previous = 0, at_.num_removed = 0;
-        if (last < first) return will_draw();
+        if (last < first) return emit(node);
         const Known known = shared_.known[node];
-        if (known == Known::kNo) return read(node), false;
-        if (known == Known::kInvalid) return finish(node, -1), false;
+        if (known == Known::kNo) return read(node);
+        if (known == Known::kInvalid) return finish(node, -1);
         at_.child = first;
+        at_.mass = at_.left = 1, at_.c = at_.previous = 0, at_.num_removed = 0;
         at_.phase = Phase::kTest;
       }
 #pragma unroll 1
@@ -456,68 +452,21 @@ class Walk {
         if (test.token < 0) continue;
         if (accepts(test)) break;
         if (at_.child < last && at_.c != at_.previous) {  // only a later test needs the masses
-          at_.phase = Phase::kRest;
-          return true;
+          at_.node = node;
+          if (sums_ahead(params_) && at_.num_removed == 1 && shared_.span.holds(node)) {
+            at_.need = Need::kSum, at_.phase = Phase::kRest;
+            return;
+          }
+          return pass(Phase::kRest, {node, 1.0f, at_.c, 0, at_.num_removed, false, false, Stream::kEmit});
         }
       }
-      if (at_.child > last) return will_draw();
-      at_.node = at_.child;
+      if (at_.child > last) {
+        at_.node = node;
+        if (!(at_.c > 0)) return emit(node);
+        return pass(Phase::kDraw, {node, 1.0f, at_.c, 0, at_.num_removed, true, false, Stream::kEmit});
+      }
+      node = at_.child;
       at_.phase = Phase::kArrive;
-    }
-  }
-
-  // The token after at_.node comes from what is left of its law, or from all of it.
-  __device__ __forceinline__ bool will_draw() {
-    at_.phase = at_.c > 0 ? Phase::kDraw : Phase::kLastDraw;
-    return true;
-  }
-
-  // With the pass between two siblings go those that will be needed first if a later sibling is accepted: a lane for
-  // each follows its path, whose tests are known.
-  __device__ __forceinline__ void look_ahead() {
-    const int phase = at_.need == Need::kPass ? static_cast<int>(at_.phase) : -1;
-    if (__shfl_sync(kAllLanes, phase, 0) != static_cast<int>(Phase::kRest)) return;
-    const TreeNode& place = shared_.tree[__shfl_sync(kAllLanes, at_.node, 0)];
-    const int sibling = __shfl_sync(kAllLanes, at_.child, 0) + 1 + lane_index();
-    Request request;
-    int rejected = -1;
-    const bool made = lane_index() < kMaxRequests - 1 && sibling < place.first_child + place.num_children &&
-                      shared_.tests[sibling].token >= 0 && follow(sibling, request, rejected);
-    const uint32_t all = __ballot_sync(kAllLanes, made);
-    if (made) {
-      const int index = 1 + __popc(all & ((1u << lane_index()) - 1));
-      shared_.removed_token[kMaxNodes + index] = rejected;
-      shared_.removed_scale[kMaxNodes + index] = request.c;
-      request.first_removed = kMaxNodes + index;
-      shared_.requests[index] = request;
-    }
-    if (lane_index() == 0) shared_.num_requests = 1 + __popc(all);
-  }
-
-  // The first pass that is needed from a node on, and the token rejected there; false if it is not known.
-  __device__ __forceinline__ bool follow(int node, Request& request, int& rejected) const {
-#pragma unroll 1
-    for (;;) {
-      const TreeNode& place = shared_.tree[node];
-      const int last = place.first_child + place.num_children - 1;
-      const Known known = shared_.known[node];
-      int child = place.first_child, after = last;
-      if (known == Known::kInvalid || (known == Known::kNo && (child <= last || !bare()))) return false;
-#pragma unroll 1
-      while (child <= last && shared_.tests[child].token < 0) ++child;
-      if (child > last) {
-        request = draw_from(node);
-        return true;
-      }
-      const Test test = shared_.tests[child];
-      if (!(test.p > 0 && test.uniform * test.q <= test.p)) {
-#pragma unroll 1
-        while (shared_.tests[after].token < 0) --after;
-        request = {node, 1.0f, 1.0f, 0, 1, child == after, false, Stream::kEmit};
-        rejected = test.token;
-        return true;
-      }
-      node = child;
     }
   }
 
