@@ -263,8 +263,9 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
       found.left = warp_max(fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)));
       stats.maximum = found.left > -kInfinity ? found.left : 0.0f;
     }
-    float w[4] = {stats.weight(scale, x.x) * p_scale, stats.weight(scale, x.y) * p_scale,
-                  stats.weight(scale, x.z) * p_scale, stats.weight(scale, x.w) * p_scale};
+    // Rounded alike in all copies of this function: a sum made ahead is that of a pass, bit for bit.
+    const auto weight = [&](float logit) { return __fmul_rn(stats.weight(scale, logit), p_scale); };
+    float w[4] = {weight(x.x), weight(x.y), weight(x.z), weight(x.w)};
     if (subtract) {
       const float logits[4] = {y.x, y.y, y.z, y.w};
       float q[4], taken[4], kept[4];
@@ -282,7 +283,7 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
         }
       }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) w[j] = fmaxf(w[j] - taken[j] * q[j], 0.0f);
+      for (int j = 0; j < 4; ++j) w[j] = fmaxf(fmaf(-taken[j], q[j], w[j]), 0.0f);
       found.left = (kept[0] + kept[1]) + (kept[2] + kept[3]);
     }
     found.sum = (w[0] + w[1]) + (w[2] + w[3]);
@@ -480,7 +481,7 @@ template <LogitType kType>
 __device__ __forceinline__ int num_rows_read(const Context<kType>& context) {
   const Law& law = context.shared.law;
   const Span& span = context.shared.span;
-  const bool with_draft = context.params.draft_logits != nullptr && !law.greedy;
+  const bool with_draft = weighs_draft(context.params, context.shared);
   if (!law.greedy && !law.cuts && !with_draft) return 0;
   return span.num_targets() + (with_draft ? span.num_drafts() : 0);
 }
@@ -501,7 +502,7 @@ __device__ __forceinline__ Drafted load_drafted(const Context<kType>& context, i
   const int token = shared.penalties.tokens[node];
   if (!shared.span.holds(drafted.parent) || token < 0 || token >= params.vocab_size) return drafted;
   drafted.token = token;
-  if (params.draft_logits != nullptr && !shared.law.greedy) {
+  if (weighs_draft(params, shared)) {
     drafted.target_logit = context.target_row(drafted.parent)[token];
     drafted.draft_logit = context.draft_row(shared.tree[drafted.parent].inner_row)[token];
     drafted.uniform = accept_uniform(context.key(Stream::kAccept, node));
@@ -519,7 +520,7 @@ __device__ __forceinline__ void prepare_test(const Context<kType>& context, int 
   const RowStats row = shared.stats[parent];
   if (law.greedy) {
     if (row.valid && row.argmax == drafted.token) atomicMin(&shared.next[parent], node);
-  } else if (params.draft_logits != nullptr) {
+  } else if (weighs_draft(params, shared)) {
     const RowStats other = shared.stats[params.num_nodes + shared.tree[parent].inner_row];
     const int depth = shared.tree[parent].depth;
     float logit = drafted.target_logit;
@@ -612,7 +613,7 @@ __device__ __forceinline__ void verify_tree(const Context<kType>& context, int e
   __syncthreads();
   do {
     // What is read, as the first warp may go on to the next.
-    const bool sums = shared.walk.need == Need::kRead && sums_ahead(context.params) && !shared.law.greedy;
+    const bool sums = shared.walk.need == Need::kRead && sums_ahead(context.params, shared);
     const Span span = shared.span;
     const uint64_t number = context.number();
     shared.walk.need == Need::kRead ? read(context) : pass(context);
@@ -697,8 +698,8 @@ int verify(const VerifyParams& params, void* stream) {
                         params.root_ahead == params.max_depth;
   // As long as there is shared memory for its lists, which the function is allowed once and for all.
   constexpr int kOther = sizeof(Shared) + sizeof(ChainShared) + sizeof(VerifyParams) + 256;
-  const int longest =
-      std::min<int>(kMaxChain, (device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOther) / sizeof(RowLists));
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOther;
+  const int longest = std::min(kMaxChain, most / static_cast<int>(sizeof(RowLists)));
   const bool chain = is_chain(params) && params.num_nodes <= longest;
   launched.max_local = (params.slicing.num_slices + group_size - 1) / group_size;
   // From sm_90 on the blocks are set up while the kernel before comes to its end, and wait for it (griddepcontrol).

@@ -148,10 +148,15 @@ struct Shared {
   Mailboxes mail[2];
 };
 
+// Whether the draft's law counts: not greedily, and not for rules that need none.
+__device__ __forceinline__ bool weighs_draft(const VerifyParams& params, const Shared& shared) {
+  return params.draft_logits != nullptr && !shared.law.greedy;
+}
+
 // Whether blocks sum residuals before the walk asks for them: those which the first rejected sibling of each node
 // leaves, by the warps that do not walk. Blocks with several slices have enough to do, and chains have no siblings.
-__device__ __forceinline__ bool sums_ahead(const VerifyParams& params) {
-  return params.max_local == 1 && params.draft_logits != nullptr && params.max_depth < params.num_nodes - 1;
+__device__ __forceinline__ bool sums_ahead(const VerifyParams& params, const Shared& shared) {
+  return weighs_draft(params, shared) && params.max_local == 1 && params.max_depth < params.num_nodes - 1;
 }
 
 // The child whose rejection the next test at a node needs such a sum for; -1 if there is none.
@@ -203,7 +208,7 @@ class Walk {
 
  private:
   __device__ __forceinline__ void step() {
-    if (shared_.law.greedy || params_.draft_logits == nullptr) {
+    if (!weighs_draft(params_, shared_)) {
       if (lane_index() == 0) match();
     } else if (params_.rule == Rule::kBlock) {
       block_verification();
@@ -453,7 +458,7 @@ class Walk {
         if (accepts(test)) break;
         if (at_.child < last && at_.c != at_.previous) {  // only a later test needs the masses
           at_.node = node;
-          if (sums_ahead(params_) && at_.num_removed == 1 && shared_.span.holds(node)) {
+          if (sums_ahead(params_, shared_) && at_.num_removed == 1 && shared_.span.holds(node)) {
             at_.need = Need::kSum, at_.phase = Phase::kRest;
             return;
           }

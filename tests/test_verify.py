@@ -78,7 +78,12 @@ def test_short_and_long_chains(backend, gamma):
     vocabularies = (33, 2049, 4097, 32064)
     for rule in (Rule.BLOCK, Rule.TOKEN_LEVEL):
         compare(
-            range(5000, 5030), backend, "cuda", tree=DraftTree.chain(gamma), rule=rule, vocabularies=vocabularies
+            range(5000, 5030),
+            backend,
+            "cuda",
+            tree=DraftTree.chain(gamma),
+            rule=rule,
+            vocabularies=vocabularies,
         )
 
 
