@@ -4,8 +4,7 @@
 // a chain's path follows from a handful of numbers. How many exchanges between blocks there are depends on the law.
 //
 //   greedy       each slice's maxima go to the first block, which decides
-//   cut          (top-k, top-p, min-p) so do its largest logits and where they are: what is kept of a row lies within
-//   one
+//   cut          (top-k, top-p, min-p) so do its largest logits and where they are: what is kept of a row lies within a
 //                warp, and with it all that a rule wants of the row
 //   as it is     all blocks get the statistics of all slices, walk, and make the parts that the rule asks for of the
 //                residuals; these go to the first block. The draw after the last node is made with the first read
@@ -19,6 +18,7 @@
 namespace fastspec {
 
 constexpr int kMaxChain = 16;  // nodes
+constexpr int kHalves = 2;  // warps that receive together what the phases of a pass have found
 constexpr int kMaxKept = 128;  // tokens of a row that is cut
 constexpr int kDecided = -1;
 constexpr uint32_t kNoLaw = kPayload;  // in place of a token: the row has a NaN or +inf
@@ -46,11 +46,12 @@ struct alignas(8) Mass {
 
 struct ChainShared {
   float p[kMaxChain], q[kMaxChain];  // of each node's token at its parent; negative if that has no law
-  float uniform[kMaxChain];          // of each node's test
-  RowStats stats[2 * kMaxChain];     // target rows, then draft rows
-  Mass parts[kMaxChain][kPhases];    // of each node's residual, or of a draw from its law
-  Best own[kMaxChain];               // rows that are cut: a draw from the law as it is
-  int redraw;                        // the node from whose law the first block draws; -1: it has decided
+  float uniform[kMaxChain];  // of each node's test
+  RowStats stats[2 * kMaxChain];  // target rows, then draft rows
+  Mass parts[kMaxChain][kHalves];  // of each node's residual
+  Mass drawn[kWarps];  // of a draw from a law
+  Best own[kMaxChain];  // rows that are cut: a draw from the law as it is
+  int redraw;  // the node from whose law the first block draws; -1: it has decided
 };
 
 // Whether the tree is such a chain, all of whose rows there is room for.
@@ -64,55 +65,80 @@ template <LogitType kType>
 class Chain {
  public:
   __device__ __forceinline__ Chain(const Context<kType>& context, ChainShared& shared)
-      : context_(context), params_(context.params), shared_(shared), num_nodes_(context.params.num_nodes) {}
+      : context_(context),
+        params_(context.params),
+        shared_(shared),
+        num_nodes_(context.params.num_nodes),
+        num_rows_(2 * context.params.num_nodes - 1) {}
 
   // By all blocks of the group. Returns kDecided; or how many exchanges there have been, and nothing is decided.
   __device__ __forceinline__ int verify() {
-    const int num_rows = 2 * num_nodes_ - 1;
-    Tiles tiles(context_, num_rows, [](int) { return true; });
-    const int row = min(tiles.items.row, num_rows - 1);
-    const char* start = start_of(row);
-    wait_for_inputs(start);
+    Tiles tiles(context_, num_rows_ + kPhases - 1, [](int) { return true; });
+    const int row = min(tiles.items.row, tiles.num_rows - 1);
+    const char* const start = start_of(row);
+    wait_for_inputs();
     context_.note(Mark::kStart);
+    const Stored stored = load_sequence();
     float4 x[kVectors];
     load(row, start, tiles.tile, x);
-    if (!load_sequence()) return 0;
-    if (!sequence_.law.greedy && sequence_.law.cuts) return verify_cut(x, tiles);
-    if (sequence_.law.greedy) tiles.num_rows = num_nodes_;
-    sequence_.law.greedy ? verify_greedy(x, tiles) : verify_whole(x, tiles);
+    if (!learn(stored)) return 0;
+    if (sequence_.law.greedy) {
+      tiles.num_rows = num_nodes_;
+      verify_greedy(x, tiles);
+    } else if (sequence_.law.cuts) {
+      tiles.num_rows = num_rows_;
+      return verify_cut(x, tiles);
+    } else {
+      verify_whole(x, tiles);
+    }
     return kDecided;
   }
 
  private:
   // The path: lane n looks after node n.
   struct Path {
-    float r;          // of block verification; 1 at the root and for other rules
-    int length;       // nodes that have a test
-    uint32_t asked;   // nodes whose residual the rule asks for; 0: all `length` nodes are accepted
+    float r;  // of block verification; 1 at the root and for other rules
+    int length;  // nodes that have a test
+    uint32_t asked;  // nodes whose residual the rule asks for; 0: all `length` nodes are accepted
   };
 
-  // False if the sequence is none for this way. All loads come before the first use: they are under way together.
-  __device__ __forceinline__ bool load_sequence() {
+  // What is stored of the sequence, and the lane's token. All loads come before the first use: they are under way
+  // together.
+  struct Stored {
+    int64_t token, position, seed, min_tokens;
+    uint64_t launches;
+    double repetition;
+    StoredLaw law;
+  };
+  __device__ __forceinline__ Stored load_sequence() const {
     const int sequence = context_.sequence(), node = min(lane_index(), num_nodes_ - 1);
-    const int64_t token = params_.tokens[sequence * params_.tokens_stride + node];
-    const double repetition = params_.sampling.repetition_penalty[sequence];
-    const int64_t min_tokens = params_.sampling.min_tokens[sequence];
-    sequence_.position = params_.positions[sequence];
-    sequence_.seed = params_.sampling.seed[sequence];
-    sequence_.launch = context_.header()->content + 1;
-    sequence_.law = load_law(params_.sampling, sequence, params_.vocab_size);
-    const bool drafted = node == 0 || (token >= 0 && token < params_.vocab_size);
-    token_ = static_cast<int>(token);
-    return __all_sync(kAllLanes, drafted) && static_cast<float>(repetition) == 1.0f && min_tokens <= sequence_.position;
+    const SamplingParams& sampling = params_.sampling;
+    return {params_.tokens[sequence * params_.tokens_stride + node],
+            params_.positions[sequence],
+            sampling.seed[sequence],
+            sampling.min_tokens[sequence],
+            context_.header()->content,
+            sampling.repetition_penalty[sequence],
+            StoredLaw(sampling, sequence)};
+  }
+  // False if the sequence is none for this way.
+  __device__ __forceinline__ bool learn(const Stored& stored) {
+    sequence_ = {stored.law.law(params_.vocab_size), stored.seed, stored.position, stored.launches + 1};
+    token_ = static_cast<int>(stored.token);
+    const bool drafted = lane_index() == 0 || (stored.token >= 0 && stored.token < params_.vocab_size);
+    return __all_sync(kAllLanes, drafted) && static_cast<float>(stored.repetition) == 1.0f &&
+           stored.min_tokens <= stored.position;
   }
 
-  // Rows: the target's, then the draft's.
-  __device__ __forceinline__ bool is_target(int row) const { return row < num_nodes_; }
+  // Rows: the target's, then the draft's; then the last node's again, so that as many warps as there are phases can
+  // have it.
+  __device__ __forceinline__ bool is_target(int row) const { return row < num_nodes_ || row >= num_rows_; }
   __device__ __forceinline__ int first_tile(int local) const {
     return context_.slice(local) * params_.slicing.tiles_per_slice;
   }
   __device__ __forceinline__ const char* start_of(int row) const {
-    return is_target(row) ? context_.target_row(row).logits : context_.draft_row(row - num_nodes_).logits;
+    return is_target(row) ? context_.target_row(row < num_nodes_ ? row : num_nodes_ - 1).logits
+                          : context_.draft_row(row - num_nodes_).logits;
   }
   __device__ __forceinline__ void load(int row, const char* start, int tile, float4 (&x)[kVectors]) const {
     if (kType == LogitType::kFloat || is_target(row)) {
@@ -142,7 +168,8 @@ class Chain {
   }
   template <int kCount, typename Wanted, typename At>
   __device__ __forceinline__ void receive_all(Message (&messages)[kCount], Wanted wanted, At at) const {
-    receive(messages, [&](uint64_t found) { return found >> kPayloadBits == (sequence_.launch << 1 | 1); }, wanted, at);
+    const uint64_t expected = number(0);
+    receive(messages, [&](uint64_t found) { return ((found ^ expected) & ~uint64_t{kPayload}) == 0; }, wanted, at);
   }
 
   // Lets `use(at, row)` have each tile of this block's slices in x, where the first is.
@@ -278,25 +305,31 @@ class Chain {
   // A law that cuts nothing.
   __device__ __forceinline__ void verify_whole(float4 (&x)[kVectors], const Tiles& tiles) const {
     const int leaf = num_nodes_ - 1;
+    const bool keeps = keeps_tiles();
     TileStats stats;
     Partial drawn;
     read(x, tiles, [&](const Tiles& at, int row) {
-      if (row == leaf) {
-        const Partial next = draw(x, leaf, at.tile);
+      if (row == leaf || row >= num_rows_) {
+        const int phase = row == leaf ? 0 : row - num_rows_ + 1;
+        const Partial next = draw(x, leaf, at.tile, phase);
         drawn = at.is_first() ? next : join(drawn, next, true, sequence_.law.scale);
-        if (at.is_last()) send_draw(at, drawn);
+        if (at.is_last()) send_draw(at, phase, drawn);
       } else {
         const float scale = is_target(row) ? sequence_.law.scale : kLog2e;
         const TileStats next = tile_statistics(x, scale);
         stats = at.is_first() ? next : join(stats, next, scale, false);
         if (at.is_last()) send_slice(at, stats);
+        if (keeps) {
+          const int node = is_target(row) ? row : row - num_nodes_;
+#pragma unroll
+          for (int j = 0; j < kVectors; ++j) kept_tile(node, is_target(row) ? kTargetTile : kDraftTile, j) = x[j];
+        }
       }
     });
     context_.note(Mark::kRead);
     prepare_uniforms(kWarps - 1);
-    if (draws_ahead()) draw_noise();
 #pragma unroll 1
-    for (int row = warp_index(); row < 2 * num_nodes_ - 1; row += kWarps) {
+    for (int row = warp_index(); row < num_rows_; row += kWarps) {
       if (row == leaf) continue;
       const int node = 1 + (is_target(row) ? row : row - num_nodes_);
       const float drafted = logit(row, __shfl_sync(kAllLanes, token_, node));
@@ -307,6 +340,15 @@ class Chain {
         (is_target(row) ? shared_.p : shared_.q)[node] = found.valid ? weight * found.inverse_mass : -1.0f;
       }
     }
+    // A phase of the draw comes to the warp that has sent its own part of it, not sooner: polls are in each other's
+    // way.
+    if (context_.rank() == 0) {
+#pragma unroll 1
+      for (int phase = 0; phase < kPhases; ++phase) {
+        if ((phase == 0 ? leaf : num_rows_ + phase - 1) % kWarps != warp_index()) continue;
+        params_.slicing.num_slices > 64 ? receive_draw<4>(phase) : receive_draw<2>(phase);
+      }
+    }
     __syncthreads();
     context_.note(Mark::kStatistics);
     const Path path = walk();
@@ -314,61 +356,49 @@ class Chain {
       send_parts(path);
       if (context_.rank() != 0) return;
       receive_parts(path);
-    } else {
-      if (context_.rank() != 0) return;
-      // Not needed if the path stops before; but when it has come, all warps that send have learned which launch this
-      // is.
-      if (warp_index() < kPhases) receive_draw(leaf);
+      __syncthreads();
+    } else if (context_.rank() != 0) {
+      return;
     }
-    __syncthreads();
     if (warp_index() == 0) decide(path);
     __syncthreads();
     if (shared_.redraw >= 0) draw_again(context_, shared_);
   }
 
-  // The noise of the residuals' races, of which some will be asked for, is drawn while the statistics are under way; by
-  // blocks that have a slice each, for which there is room where rows that are cut would have their lists.
-  __device__ __forceinline__ bool draws_ahead() const { return context_.num_local() == 1; }
+  // Blocks that have a single tile of each row keep it for the residuals, where rows that are cut would have their
+  // lists.
+  __device__ __forceinline__ bool keeps_tiles() const {
+    return context_.num_local() == 1 && params_.slicing.tiles_per_slice == 1;
+  }
+  static constexpr int kTargetTile = 0, kDraftTile = 1;
+  __device__ __forceinline__ float4& kept_tile(int node, int kind, int phase) const {
+    static_assert(sizeof(RowLists) >= 2 * kTile * sizeof(float));
+    return reinterpret_cast<float4*>(&row_lists(node))[(kind * kPhases + phase) * 32 + lane_index()];
+  }
   __device__ __forceinline__ float4 noise_of(int node, int first) const {
     return exponentials<true>(key(node), static_cast<uint32_t>(first) / 4);
-  }
-  __device__ __forceinline__ float4* noise_place(int node, int i) const {
-    constexpr int kThreadsOfTeam = 32 * kPhases;
-    static_assert(sizeof(RowLists) >= kMaxTiles * kThreadsOfTeam * sizeof(float4));
-    return reinterpret_cast<float4*>(&row_lists(node)) + i * kThreadsOfTeam + threadIdx.x % kThreadsOfTeam;
-  }
-  __device__ __forceinline__ void draw_noise() const {
-    const int tiles = params_.slicing.tiles_per_slice;
-    // The last team has the fewest rows.
-#pragma unroll 1
-    for (int node = kTeams - 1 - warp_index() / kPhases; node < num_nodes_ - 1; node += kTeams) {
-#pragma unroll 1
-      for (int i = 0; i < tiles; ++i) *noise_place(node, i) = noise_of(node, first_token(0, i));
-    }
   }
   // Of a lane's four tokens in a tile of a slice that a team shares.
   __device__ __forceinline__ int first_token(int local, int i) const {
     return (first_tile(local) + i) * kTile + warp_index() % kPhases * kPhase + lane_index() * 4;
   }
 
-  // A draw from a tile of a row as it is: scores and mass relative to the maximum, `left`.
-  __device__ __forceinline__ Partial draw(const float4 (&x)[kVectors], int node, int tile) const {
-    const float maximum = tile_maximum(x), reference = maximum > -kInfinity ? maximum : 0.0f;
-    Partial found = {0, maximum, {-1.0f, params_.vocab_size}};
-#pragma unroll 1
-    for (int j = 0; j < kVectors; ++j) {
-      float4 y = x[0];
-      if (j == 1) y = x[1];
-      if (j == 2) y = x[2];
-      if (j == 3) y = x[3];
-      const int first = lane_token(tile, j);
-      const auto weight = [&](float logit) { return exp2_fast((logit - reference) * sequence_.law.scale); };
-      const float w[4] = {weight(y.x), weight(y.y), weight(y.z), weight(y.w)};
-      found.sum += (w[0] + w[1]) + (w[2] + w[3]);
-      // Maximum and weights pass over a NaN.
-      if (!(y.x < kInfinity) | !(y.y < kInfinity) | !(y.z < kInfinity) | !(y.w < kInfinity)) found.sum = NAN;
-      race(w, first, noise_of(node, first), found.best);
-    }
+  // A draw from a phase of a tile of a row as it is: scores and mass relative to the maximum, `left`.
+  __device__ __forceinline__ Partial draw(const float4 (&x)[kVectors], int node, int tile, int phase) const {
+    static_assert(kPhases == kVectors);
+    float4 y = x[0];
+    if (phase == 1) y = x[1];
+    if (phase == 2) y = x[2];
+    if (phase == 3) y = x[3];
+    const float maximum = warp_max(fmaxf(fmaxf(y.x, y.y), fmaxf(y.z, y.w)));
+    const float reference = maximum > -kInfinity ? maximum : 0.0f;
+    const auto weight = [&](float logit) { return exp2_fast((logit - reference) * sequence_.law.scale); };
+    const float w[4] = {weight(y.x), weight(y.y), weight(y.z), weight(y.w)};
+    const int first = lane_token(tile, phase);
+    Partial found = {(w[0] + w[1]) + (w[2] + w[3]), maximum, {-1.0f, params_.vocab_size}};
+    // Maximum and weights pass over a NaN.
+    if (!(y.x < kInfinity) | !(y.y < kInfinity) | !(y.z < kInfinity) | !(y.w < kInfinity)) found.sum = NAN;
+    race(w, first, noise_of(node, first), found.best);
     found.sum = warp_sum(found.sum);
     found.best = warp_best(found.best);
     return found;
@@ -384,57 +414,80 @@ class Chain {
   }
 
   // Of the mass of a draw no more is told than whether there is one.
-  __device__ __forceinline__ void send_draw(const Tiles& at, const Partial& drawn) const {
+  __device__ __forceinline__ void send_draw(const Tiles& at, int phase, const Partial& drawn) const {
     const bool law = drawn.sum < kInfinity;
     if (lane_index() == 0) {
-      send(about_part(at.items.row, 0, context_.slice(at.items.local)), content_of(drawn.left, drawn.best.score),
+      send(about_part(num_nodes_ - 1, phase, context_.slice(at.items.local)), content_of(drawn.left, drawn.best.score),
            number(law ? drawn.best.token : kNoLaw));
     }
   }
 
-  // By the first warps, of which each receives some slices.
-  __device__ __forceinline__ void receive_draw(int node) const {
-    const int num_slices = params_.slicing.num_slices, slice = static_cast<int>(threadIdx.x);
-    Message messages[1];
-    receive_all(messages, [&](int) { return slice < num_slices; }, [&](int) { return about_part(node, 0, slice); });
-    Partial drawn = {0, -kInfinity, {-1.0f, params_.vocab_size}};
-    if (slice < num_slices) {
-      const int token = static_cast<int>(messages[0].number & kPayload);
-      drawn = {token == static_cast<int>(kNoLaw) ? NAN : 1.0f,
-               first_of(messages[0].content),
-               {second_of(messages[0].content), token}};
+  // What was found in half of the phases, of up to kCount slices per lane: message i is about slice_of(i).
+  template <int kCount>
+  static constexpr int kMessages = kCount * kPhases / kHalves;
+  template <int kCount>
+  __device__ __forceinline__ bool is_slice(int i) const {
+    return lane_index() + 32 * (i % kCount) < params_.slicing.num_slices;
+  }
+  template <int kCount>
+  __device__ __forceinline__ void receive_half(int node, int half, Message (&messages)[kMessages<kCount>]) const {
+    const Message* from[kPhases / kHalves];
+#pragma unroll
+    for (int i = 0; i < kPhases / kHalves; ++i) {
+      from[i] = about_part(node, half * (kPhases / kHalves) + i, lane_index());
     }
-    keep_draw(shared_.parts[node][warp_index()], drawn);
+    receive_all(
+        messages, [&](int i) { return is_slice<kCount>(i); },
+        [&](int i) { return from[i / kCount] + 32 * (i % kCount); });
   }
 
-  // What the lanes of a warp have found together, for decide().
-  __device__ __forceinline__ void keep_draw(Mass& part, Partial drawn) const {
+  // A phase of the draw after the last node.
+  template <int kCount>
+  __device__ __forceinline__ void receive_draw(int phase) const {
+    const Message* const from = about_part(num_nodes_ - 1, phase, lane_index());
+    Message messages[kCount];
+    receive_all(messages, [&](int i) { return is_slice<kCount>(i); }, [&](int i) { return from + 32 * i; });
+    Partial drawn = {0, -kInfinity, {-1.0f, params_.vocab_size}};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (!is_slice<kCount>(i)) continue;
+      const int token = static_cast<int>(messages[i].number & kPayload);
+      const Partial next = {token == static_cast<int>(kNoLaw) ? NAN : 0.0f,
+                            first_of(messages[i].content),
+                            {second_of(messages[i].content), token}};
+      drawn = i == 0 ? next : join(drawn, next, true, sequence_.law.scale);
+    }
+    keep_draw(phase, drawn);
+  }
+
+  // What the lanes of a warp have found together.
+  __device__ __forceinline__ void keep_draw(int place, Partial drawn) const {
+    const Mass joined = join_lanes(drawn);
+    if (lane_index() == 0) shared_.drawn[place] = joined;
+  }
+  // The best of all lanes, and what its score is relative to; NaN if there is no law.
+  __device__ __forceinline__ Mass join_lanes(Partial drawn) const {
     const float maximum = warp_max(drawn.left);
     drawn.best.score *= drawn.left > -kInfinity ? exp2_fast((drawn.left - maximum) * sequence_.law.scale) : 0.0f;
     const bool law = __all_sync(kAllLanes, drawn.sum < kInfinity);
-    const Best best = warp_best(drawn.best);
-    if (lane_index() == 0) part = {law ? maximum : NAN, best};
+    return {law ? maximum : NAN, warp_best(drawn.best)};
   }
-
   // The winner of what several warps have kept; -1 if there is no law.
-  __device__ __forceinline__ int join_draws(const Mass* parts, int count) const {
-    float maximum = -kInfinity;
-    bool law = true;
-    for (int i = 0; i < count; ++i) maximum = fmaxf(maximum, parts[i].sum), law = law && !isnan(parts[i].sum);
-    Best best = {-1.0f, params_.vocab_size};
-    for (int i = 0; i < count; ++i) {
-      Best other = parts[i].best;
-      other.score *= parts[i].sum > -kInfinity ? exp2_fast((parts[i].sum - maximum) * sequence_.law.scale) : 0.0f;
-      best = better(best, other);
+  __device__ __forceinline__ int join_draws(int count) const {
+    Partial drawn = {0, -kInfinity, {-1.0f, params_.vocab_size}};
+    if (lane_index() < count) {
+      const Mass kept = shared_.drawn[lane_index()];
+      drawn = {isnan(kept.sum) ? NAN : 0.0f, kept.sum, kept.best};
     }
-    return law && maximum > -kInfinity ? best.token : -1;
+    const Mass joined = join_lanes(drawn);
+    return joined.sum > -kInfinity ? joined.best.token : -1;
   }
 
   // The residuals that are asked for, over this block's slices; a team of warps for each, from the highest node on.
   __device__ __forceinline__ void send_parts(const Path& path) const {
     const int team = warp_index() / kPhases, phase = warp_index() % kPhases;
     const int num_local = context_.num_local(), tiles = params_.slicing.tiles_per_slice;
-    const bool ahead = draws_ahead();
+    const bool keeps = keeps_tiles();
 #pragma unroll 1
     for (uint32_t nodes = without(path.asked, team); nodes != 0; nodes = without(nodes, kTeams)) {
       const int node = highest(nodes);
@@ -450,7 +503,8 @@ class Chain {
 #pragma unroll 1
         for (int i = 0; i < tiles; ++i) {
           const int first = first_token(local, i);
-          const float4 x = row.load(first, vectors), y = other.load(first, other_vectors);
+          const float4 x = keeps ? kept_tile(node, kTargetTile, phase) : row.load(first, vectors);
+          const float4 y = keeps ? kept_tile(node, kDraftTile, phase) : other.load(first, other_vectors);
           const auto residual = [&](float logit, float draft_logit) {
             const float p = exp2_fast((logit - target.maximum) * sequence_.law.scale) * p_scale;
             const float q = exp2_fast((draft_logit - draft.maximum) * kLog2e) * draft.inverse_mass;
@@ -459,7 +513,7 @@ class Chain {
           const float w[4] = {residual(x.x, y.x), residual(x.y, y.y), residual(x.z, y.z), residual(x.w, y.w)};
           const float sum = (w[0] + w[1]) + (w[2] + w[3]);
           found.sum += sum;
-          if (sum > 0) race(w, first, ahead ? *noise_place(node, i) : noise_of(node, first), found.best);
+          if (sum > 0) race(w, first, noise_of(node, first), found.best);
         }
         found.sum = warp_sum(found.sum);
         found.best = warp_best(found.best);
@@ -472,16 +526,13 @@ class Chain {
   }
 
   template <int kCount>
-  __device__ __forceinline__ Mass receive_part(int node, int phase) const {
-    const int num_slices = params_.slicing.num_slices;
-    const auto inside = [&](int i) { return lane_index() + 32 * i < num_slices; };
-    const Message* const from = about_part(node, phase, lane_index());
-    Message messages[kCount];
-    receive_all(messages, inside, [&](int i) { return from + 32 * i; });
+  __device__ __forceinline__ Mass receive_part(int node, int half) const {
+    Message messages[kMessages<kCount>];
+    receive_half<kCount>(node, half, messages);
     Mass found = {0, {-1.0f, params_.vocab_size}};
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (!inside(i)) continue;
+    for (int i = 0; i < kMessages<kCount>; ++i) {
+      if (!is_slice<kCount>(i)) continue;
       found.sum += first_of(messages[i].content);
       found.best =
           better(found.best, {second_of(messages[i].content), static_cast<int>(messages[i].number & kPayload)});
@@ -490,12 +541,13 @@ class Chain {
   }
 
   __device__ __forceinline__ void receive_parts(const Path& path) const {
-    const int team = warp_index() / kPhases, phase = warp_index() % kPhases;
+    constexpr int kReceivers = kWarps / kHalves;
+    const int half = warp_index() % kHalves;
 #pragma unroll 1
-    for (uint32_t nodes = without(path.asked, team); nodes != 0; nodes = without(nodes, kTeams)) {
+    for (uint32_t nodes = without(path.asked, warp_index() / kHalves); nodes != 0; nodes = without(nodes, kReceivers)) {
       const int node = highest(nodes);
-      const Mass found = params_.slicing.num_slices > 64 ? receive_part<4>(node, phase) : receive_part<2>(node, phase);
-      if (lane_index() == 0) shared_.parts[node][phase] = found;
+      const Mass found = params_.slicing.num_slices > 64 ? receive_part<4>(node, half) : receive_part<2>(node, half);
+      if (lane_index() == 0) shared_.parts[node][half] = found;
     }
   }
 
@@ -503,16 +555,16 @@ class Chain {
     const Mass* const parts = shared_.parts[min(lane_index(), kMaxChain - 1)];
     Mass whole = parts[0];
 #pragma unroll
-    for (int phase = 1; phase < kPhases; ++phase) {
-      whole.sum += parts[phase].sum;
-      whole.best = better(whole.best, parts[phase].best);
+    for (int half = 1; half < kHalves; ++half) {
+      whole.sum += parts[half].sum;
+      whole.best = better(whole.best, parts[half].best);
     }
     const int last = stop(path, whole.sum);
     int token = __shfl_sync(kAllLanes, whole.best.token, last);
     bool drawn = __shfl_sync(kAllLanes, whole.sum, last) > kRounding;
     if (path.asked == 0) {
       drawn = last == num_nodes_ - 1;
-      if (drawn) token = join_draws(shared_.parts[last], kPhases);
+      if (drawn) token = join_draws(kPhases);
     }
     if (lane_index() == 0) shared_.redraw = drawn ? -1 : last;
     if (drawn) write(last, token);
@@ -522,22 +574,20 @@ class Chain {
   __device__ __forceinline__ void draw_alone(int node) const {
     Partial drawn = {0, -kInfinity, {-1.0f, params_.vocab_size}};
 #pragma unroll 1
-    for (int tile = warp_index(); tile < params_.slicing.num_tiles; tile += kWarps) {
+    for (int tile = warp_index() / kPhases; tile < params_.slicing.num_tiles; tile += kTeams) {
       float4 x[kVectors];
       load(node, start_of(node), tile, x);
-      drawn = join(drawn, draw(x, node, tile), true, sequence_.law.scale);
+      drawn = join(drawn, draw(x, node, tile, warp_index() % kPhases), true, sequence_.law.scale);
     }
-    Mass* const parts = shared_.parts[0];
-    static_assert(kMaxChain * kPhases >= kWarps);
-    keep_draw(parts[warp_index()], drawn);
+    keep_draw(warp_index(), drawn);
     __syncthreads();
-    if (warp_index() == 0) write(node, join_draws(parts, kWarps));
+    if (warp_index() == 0) write(node, join_draws(kWarps));
   }
 
   // What is seldom needed: of a residual nothing was left, or a row that is no law has been drafted from.
   __device__ __noinline__ static void draw_again(Context<kType> context, ChainShared& shared) {
     Chain chain(context, shared);
-    chain.load_sequence();
+    chain.learn(chain.load_sequence());
     chain.draw_alone(shared.redraw);
   }
 
@@ -607,15 +657,13 @@ class Chain {
   }
 
   __device__ __forceinline__ void send_list(const Tiles& at, float mass, const LargestThree& largest) const {
-    float others;
-    int place = 0;
-    const float mine = largest.take<true>(others, place), next = __shfl_down_sync(kAllLanes, mine, 1);
-    const int next_place = __shfl_down_sync(kAllLanes, place, 1), kind = lane_index() / 2;
-    const bool lists = kind < kListed / 2;
-    if (lane_index() % 2 == 0 && kind < kKinds) {
+    const Largest found = largest.take<true>(context_.shared.taken[warp_index()]);
+    const int kind = lane_index(), i = 2 * kind;
+    if (kind < kKinds) {
+      const bool lists = kind < kListed / 2;
       send(about_slice(kind, at.items.row, context_.slice(at.items.local)),
-           lists ? content_of(mine, next) : content_of(mass, others),
-           number(lists ? place | next_place << kPlaceBits : 0));
+           lists ? content_of(found.logit(i), found.logit(i + 1)) : content_of(mass, found.others),
+           number(lists ? found.place(i) | found.place(i + 1) << kPlaceBits : 0));
     }
   }
 
@@ -655,11 +703,11 @@ class Chain {
       }
     }
     __syncwarp();
-    bool found = search_lists(lists.lists, num_slices, lists.sequence.law, shared_.stats[node]);
+    const int candidates = search_lists(lists.lists, num_slices, lists.sequence.law, shared_.stats[node]);
     __syncwarp();
     sequence_ = lists.sequence;  // the call had the registers to itself
     const RowStats stats = shared_.stats[node];
-    if (found && stats.valid) found = collect(lists, stats, kept);
+    const bool found = candidates != kNotTold && collect(lists, candidates, stats, kept);
     if (lane_index() == 0) send(verdict(node), 0, number(found));
     if (lane_index() == 0 && node < leaf) {
       shared_.p[node + 1] = stats.valid ? stats.weight(sequence_.law.scale, drafted) * stats.inverse_mass : -1.0f;
@@ -679,44 +727,34 @@ class Chain {
     return true;
   }
 
-  // What a row keeps, from the lists of its slices; false if it is too much.
-  __device__ __forceinline__ bool collect(RowLists& lists, const RowStats& stats, Kept& kept) const {
-    const int num_slices = params_.slicing.num_slices, tokens = params_.slicing.tiles_per_slice * kTile;
-    // A list falls, and a row keeps a few of most.
-    int mine = 0;
-    const auto each = [&](auto use) {
+  // What a row keeps of the candidates for its threshold; false if it is too much.
+  __device__ __forceinline__ bool collect(RowLists& lists, int num_candidates, const RowStats& stats,
+                                          Kept& kept) const {
+    Candidate* const candidates = lists.lists.candidates;
 #pragma unroll 1
-      for (int slice = lane_index(); slice < num_slices; slice += 32) {
-#pragma unroll 1
-        for (int i = 0; i < kListed; ++i) {
-          const float x = reinterpret_cast<const float*>(&lists.lists.largest[i / 4][slice])[i % 4];
-          if (!(stats.weight(sequence_.law.scale, x) > 0)) break;
-          const uint32_t pair = lists.places[i / 2][slice];
-          use(slice * tokens + static_cast<int>(i % 2 == 0 ? pair & ((1u << kPlaceBits) - 1) : pair >> kPlaceBits), x);
-        }
-      }
-    };
-    each([&](int, float) { ++mine; });
-    int place = 0;
-#pragma unroll
-    for (int bit = 1; bit <= kListed * kMaxSlices / 32; bit *= 2) {
-      const uint32_t lanes = __ballot_sync(kAllLanes, mine & bit);
-      kept.count += bit * __popc(lanes);
-      place += bit * __popc(lanes & ((1u << lane_index()) - 1));
+    for (int first = 0; first < num_candidates; first += 32) {
+      const int entry = first + lane_index();
+      Candidate candidate = {-kInfinity, 0};
+      if (entry < num_candidates) candidate = candidates[entry];
+      const bool keeps = stats.weight(sequence_.law.scale, candidate.logit) > 0;
+      const uint32_t lanes = __ballot_sync(kAllLanes, keeps);
+      __syncwarp();  // they move up, where all have been read
+      if (keeps) candidates[kept.count + __popc(lanes & ((1u << lane_index()) - 1))] = candidate;
+      kept.count += __popc(lanes);
     }
     if (kept.count > kMaxKept) return false;
-    float* const logits = lists.lists.candidates;
-    int* const found = reinterpret_cast<int*>(logits + kMaxKept);
-    static_assert(2 * kMaxKept <= 32 * kMany);
-    each([&](int token, float x) { found[place] = token, logits[place] = x, ++place; });
     __syncwarp();
+    const int tokens = params_.slicing.tiles_per_slice * kTile;
 #pragma unroll
     for (int i = 0; i < Kept::kMost; ++i) {
       if (32 * i >= kept.count) break;
       const int entry = 32 * i + lane_index();
       const bool inside = entry < kept.count;
-      kept.token[i] = inside ? found[entry] : 0;
-      kept.p[i] = inside ? stats.weight(sequence_.law.scale, logits[entry]) * stats.inverse_mass : 0.0f;
+      const Candidate candidate = candidates[inside ? entry : 0];
+      const uint32_t pair = lists.places[candidate.place() / 2][candidate.slice()];
+      const uint32_t place = candidate.place() % 2 == 0 ? pair & ((1u << kPlaceBits) - 1) : pair >> kPlaceBits;
+      kept.token[i] = inside ? candidate.slice() * tokens + static_cast<int>(place) : 0;
+      kept.p[i] = inside ? stats.weight(sequence_.law.scale, candidate.logit) * stats.inverse_mass : 0.0f;
     }
     return true;
   }
@@ -747,7 +785,7 @@ class Chain {
   const Context<kType>& context_;
   const VerifyParams& params_;
   ChainShared& shared_;
-  const int num_nodes_;
+  const int num_nodes_, num_rows_;
   Sequence sequence_;
   int token_;  // lane n: that of node n
 };

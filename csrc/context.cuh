@@ -15,10 +15,10 @@ constexpr int kTeams = kWarps / kPhases;
 constexpr int kPhase = kTile / kPhases;  // tokens of a tile that each takes, four per lane
 constexpr int kKinds = kListed / 2 + 1;  // messages about a slice of a row that is cut; else it is one
 
-// What precedes the kernel in the stream has written its inputs. Until then a pointer to them can be made ready.
-__device__ __forceinline__ void wait_for_inputs(const char*& pointer) {
+// What precedes the kernel in the stream has written its inputs. What follows it may be set up from here on.
+__device__ __forceinline__ void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" : "+l"(pointer)::"memory");
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
@@ -195,6 +195,18 @@ __device__ __forceinline__ void load_tile(const Row<kType>& row, int tile, float
   }
 }
 
+// What a warp has taken from its lanes, in descending order.
+struct Largest {
+  const Taken* taken;
+  int count;
+  float others;  // no less than all that was not taken
+
+  __device__ __forceinline__ float logit(int i) const {
+    return i < count ? from_ordered_key(taken[i].key) : -kInfinity;
+  }
+  __device__ __forceinline__ uint32_t place(int i) const { return i < count ? taken[i].place : 0; }
+};
+
 // A lane's share of a slice, of which the largest logits of all lanes are taken one by one. A lane keeps its first
 // three; if all of them are taken, what it knows of the next is that the third was no less.
 struct LargestThree {
@@ -220,35 +232,35 @@ struct LargestThree {
     }
   }
 
-  // Up to eight of the largest of all lanes, the i-th to lane i, and no less than all the others to every lane; with
-  // kPlaces also where they are.
+  // Up to eight of the largest of all lanes.
   template <bool kPlaces>
-  __device__ __forceinline__ float take(float& others, int& its_place) const {
-    uint32_t key = ordered_key(first), next = ordered_key(second), last = ordered_key(third),
-             mine = ordered_key(-kInfinity);
+  __device__ __forceinline__ Largest take(Taken (&taken)[kListed]) const {
+    uint32_t key = ordered_key(first), next = ordered_key(second), bound = 0;
     int place = first_place, next_place = second_place;
-    int taken = 0;
-    uint32_t exhausted = 0;  // lanes of which all three are taken: what they have left is no logit, but a bound
-#pragma unroll 1
-    for (int i = 0; i < kListed; ++i) {
+    int left = 3;  // of this lane; when all are taken the third remains, as a bound
+    int count = 0;
+    bool ended = false;
+    __syncwarp();  // all have read what was taken before
+    // All lanes that have the largest lose it at once, so that a turn waits for one reduction; what it means follows.
+#pragma unroll 3
+    for (int i = 0; i <= kListed; ++i) {
       const uint32_t top = __reduce_max_sync(kAllLanes, key);
-      const uint32_t holders = __ballot_sync(kAllLanes, key == top), holder = holders & (0u - holders);
-      if (holder & exhausted) break;
-      if (lane_index() == i) mine = top;
-      if constexpr (kPlaces) {
-        const int there = __shfl_sync(kAllLanes, place, __ffs(static_cast<int>(holder)) - 1);
-        if (lane_index() == i) its_place = there;
+      const bool holds = key == top;
+      const uint32_t holders = __ballot_sync(kAllLanes, holds),
+                     exhausted = __ballot_sync(kAllLanes, holds && left == 0);
+      const int slot = count + __popc(holders & ((1u << lane_index()) - 1)), all = count + __popc(holders);
+      if (!ended) bound = top;
+      const bool taking = holds && !ended && exhausted == 0 && slot < kListed;
+      if (taking) taken[slot] = {key, kPlaces ? place : 0};
+      if (!ended && exhausted == 0) count = min(all, kListed);
+      ended = ended || exhausted != 0 || all > kListed;
+      if (holds) {
+        key = next, next = ordered_key(third), place = next_place, next_place = third_place;
+        left = max(left - 1, 0);
       }
-      if (holder == 1u << lane_index()) {
-        if (++taken < 3) {
-          key = next, next = last;
-          if constexpr (kPlaces) place = next_place, next_place = third_place;
-        }
-      }
-      exhausted = __ballot_sync(kAllLanes, taken == 3);
     }
-    others = from_ordered_key(__reduce_max_sync(kAllLanes, key));
-    return from_ordered_key(mine);
+    __syncwarp();
+    return {taken, count, from_ordered_key(bound)};
   }
 };
 

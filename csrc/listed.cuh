@@ -1,7 +1,7 @@
 // Top-k, top-p and min-p of a row from the largest logits of each of its slices, by one warp.
 //
-// The lists hold up to a thousand logits, of which few are kept. Every lane merges those of its slices. The m-th
-// largest of the lanes' third logits is a value that at least 3 m logits reach: these, a hundred or so, are sorted in
+// The lists hold up to a thousand logits, of which few are kept. Every lane has those of its slices. The m-th largest
+// of the lanes' third logits is a value that at least 3 m logits reach: these, a hundred or so, are sorted in
 // registers, and a prefix sum of their weights decides. Masses are summed as in threshold.cuh.
 #pragma once
 
@@ -9,15 +9,31 @@
 
 namespace fastspec {
 
-constexpr int kListed = 8;            // of the largest logits of a slice
-constexpr int kMerged = 2 * kListed;  // logits that a lane keeps of those of its slices
-constexpr int kFew = 4, kMany = 8;    // candidates per lane
+constexpr int kListed = 8;           // of the largest logits of a slice
+constexpr int kFew = 4, kMany = 8;  // candidates per lane
+
+// A logit that may tell the threshold, and which of the lists' it is.
+struct Candidate {
+  float logit;
+  int entry;  // slice * kListed + place in its list
+
+  __device__ __forceinline__ int slice() const { return entry / kListed; }
+  __device__ __forceinline__ int place() const { return entry % kListed; }
+};
 
 // What the slices of a row report.
 struct SliceLists {
-  float4 largest[kListed / 4][kMaxSlices];  // in descending order
-  float2 rest[kMaxSlices];                  // the mass of the slice, and a bound of its other logits
-  alignas(16) float candidates[32 * kMany];
+  union {
+    float4 largest[kListed / 4][kMaxSlices];  // in descending order
+    Candidate candidates[32 * kMany];         // of these, when all have been read
+  };
+  float2 rest[kMaxSlices];  // the mass of the slice, and a bound of its other logits
+};
+
+// One of the largest of a slice: its key in the order of floats, and where in the slice it is.
+struct Taken {
+  uint32_t key;
+  int place;
 };
 
 // Of x[i] and x[j] the larger comes first.
@@ -76,83 +92,99 @@ __device__ __forceinline__ void warp_sort(float (&x)[kCount]) {
   }
 }
 
-// The lists of a lane's slices.
+// The kRank-th largest of two lists, each in descending order.
+template <int kRank>
+__device__ __forceinline__ float ranked(const float (&a)[kListed], const float (&b)[kListed]) {
+  float found = fmaxf(a[kRank - 1], b[kRank - 1]);
+#pragma unroll
+  for (int i = 1; i < kRank; ++i) found = fmaxf(found, fminf(a[i - 1], b[kRank - 1 - i]));
+  return found;
+}
+
+// The lists of a lane's slices: of kCount of them, 32 apart.
+template <int kCount>
 struct LaneLists {
-  float logits[kMerged];  // the largest, in descending order
-  float others;           // no less than the rest
-  float maxima[kMaxSlices / 32], masses[kMaxSlices / 32];
+  float logits[kCount][kListed];
+  float masses[kCount];
+  float others;  // no less than what is not listed
 
   __device__ __forceinline__ LaneLists(const SliceLists& lists, int num_slices) : others(-kInfinity) {
-    load<0>(lists, num_slices, logits);
-    if (num_slices <= kMaxSlices / 2) {
-      maxima[2] = maxima[3] = -kInfinity, masses[2] = masses[3] = 0;
-      return;
-    }
-    float more[kMerged];
-    load<2>(lists, num_slices, more);
 #pragma unroll
-    for (int i = 0; i < kMerged; ++i) {
-      const float other = more[kMerged - 1 - i];
-      others = fmaxf(others, fminf(logits[i], other));
-      logits[i] = fmaxf(logits[i], other);
+    for (int i = 0; i < kCount; ++i) {
+      const int slice = i * 32 + lane_index();
+      const bool inside = slice < num_slices;
+#pragma unroll
+      for (int j = 0; j < kListed; j += 4) {
+        float4 four = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
+        if (inside) four = lists.largest[j / 4][slice];
+        logits[i][j] = four.x, logits[i][j + 1] = four.y, logits[i][j + 2] = four.z, logits[i][j + 3] = four.w;
+      }
+      float2 rest = {0.0f, -kInfinity};
+      if (inside) rest = lists.rest[slice];
+      masses[i] = rest.x;
+      others = fmaxf(others, rest.y);
     }
-    sort_bitonic<kMerged>(logits);
   }
 
+  __device__ __forceinline__ float maximum() const {
+    float top = logits[0][0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) top = fmaxf(top, logits[i][0]);
+    return warp_max(top);
+  }
   // The mass of the row relative to its maximum.
   __device__ __forceinline__ float mass(float maximum, float scale) const {
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < kMaxSlices / 32; ++i) {
-      if (maxima[i] > -kInfinity || isnan(masses[i])) sum += masses[i] * exp2_fast((maxima[i] - maximum) * scale);
+    for (int i = 0; i < kCount; ++i) {
+      if (logits[i][0] > -kInfinity || isnan(masses[i])) sum += masses[i] * exp2_fast((logits[i][0] - maximum) * scale);
     }
     return warp_sum(sum);
   }
-
- private:
-  // Two slices of this lane together.
-  template <int kFirst>
-  __device__ __forceinline__ void load(const SliceLists& lists, int num_slices, float (&x)[kMerged]) {
+  // The kRank-th largest of the lane.
+  template <int kRank>
+  __device__ __forceinline__ float sample() const {
+    if constexpr (kCount == 2) {
+      return ranked<kRank>(logits[0], logits[1]);
+    } else {
+      float merged[2][kListed];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int slice = (kFirst + i) * 32 + lane_index();
-      const bool inside = slice < num_slices;
+      for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int j = 0; j < kListed / 4; ++j) {
-        float4 four = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
-        if (inside) four = lists.largest[j][slice];
-        const float ordered[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) x[i == 0 ? 4 * j + k : kMerged - 1 - (4 * j + k)] = ordered[k];
+        for (int j = 0; j < kListed; ++j) merged[i][j] = fmaxf(logits[i][j], logits[i + 2][kListed - 1 - j]);
+        sort_bitonic<kListed>(merged[i]);
       }
-      float2 rest = {0.0f, -kInfinity};
-      if (inside) rest = lists.rest[slice];
-      maxima[kFirst + i] = x[i == 0 ? 0 : kMerged - 1], masses[kFirst + i] = rest.x;
-      others = fmaxf(others, rest.y);
+      return ranked<kRank>(merged[0], merged[1]);
     }
-    sort_bitonic<kMerged>(x);
   }
 };
 
-// Logits that are enough to tell a threshold, in lists.candidates.
+// Logits that are enough to tell a threshold, in lists.candidates, and what is known of all.
 struct Choice {
-  int count;
-  float lowest;  // all that reach it are among them
+  int count;      // of the candidates; more than there is room for if there were too many
+  float lowest;   // all in the lists that reach it are among them
+  float maximum;  // of the row
+  float others;   // no less than all that is not in the lists
+  float mass;     // of the row, relative to its maximum
+
+  __device__ __forceinline__ bool is_law() const { return mass < kInfinity && maximum > -kInfinity; }
 };
 
 // At least k of the logits, if there is a k; if they would be too many, fewer.
-__device__ __forceinline__ Choice choose_candidates(SliceLists& lists, const LaneLists& lane, int top_k) {
+template <int kCount>
+__device__ __forceinline__ Choice choose_candidates(SliceLists& lists, int num_slices, const Law& law) {
   constexpr int kMost = 72;      // of k, for which the third logits do
   constexpr int kNucleus = 112;  // without a k; twice as many will be found
-  const bool few = top_k > 0 && top_k <= kMost;
-  const float sample = few ? lane.logits[2] : lane.logits[7];
-  int wanted = few ? (top_k + 2) / 3 : ((top_k > 0 ? top_k : kNucleus) + 7) / 8;
-#pragma unroll
-  for (int i = 0; i < kMany; ++i) lists.candidates[i * 32 + lane_index()] = -kInfinity;
+  const LaneLists<kCount> lane(lists, num_slices);
+  Choice choice = {0, -kInfinity, lane.maximum(), warp_max(lane.others), 0};
+  choice.mass = lane.mass(choice.maximum, law.scale);
+  if (!choice.is_law()) return choice;
+  const bool few = law.top_k > 0 && law.top_k <= kMost;
+  const float sample = few ? lane.template sample<3>() : lane.template sample<kListed>();
+  int wanted = few ? (law.top_k + 2) / 3 : ((law.top_k > 0 ? law.top_k : kNucleus) + 7) / 8;
   int rank = 0;
 #pragma unroll
   for (int i = 0; i < 32; ++i) rank += __shfl_sync(kAllLanes, sample, i) > sample;
-  Choice choice;
   int mine, place;
 #pragma unroll 1
   do {
@@ -160,19 +192,28 @@ __device__ __forceinline__ Choice choose_candidates(SliceLists& lists, const Lan
     const float lowest = fmaxf(choice.lowest, -FLT_MAX);
     mine = choice.count = place = 0;
 #pragma unroll
-    for (int i = 0; i < kMerged; ++i) mine += lane.logits[i] >= lowest;
+    for (int i = 0; i < kCount; ++i) {
 #pragma unroll
-    for (int bit = 1; bit <= kMerged; bit *= 2) {
+      for (int j = 0; j < kListed; ++j) mine += lane.logits[i][j] >= lowest;
+    }
+#pragma unroll
+    for (int bit = 1; bit <= kCount * kListed; bit *= 2) {
       const uint32_t lanes = __ballot_sync(kAllLanes, mine & bit);
       choice.count += bit * __popc(lanes);
       place += bit * __popc(lanes & ((1u << lane_index()) - 1));
     }
     wanted -= 2;
   } while (choice.count > 32 * kMany && wanted > 0);
+  if (choice.count > 32 * kMany) return choice;
+  const float lowest = fmaxf(choice.lowest, -FLT_MAX);
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < kMerged; ++i) {
-    if (i < mine && place + i < 32 * kMany) lists.candidates[place + i] = lane.logits[i];
+  for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+    for (int j = 0; j < kListed; ++j) {
+      if (lane.logits[i][j] < lowest) continue;
+      lists.candidates[place++] = {lane.logits[i][j], (i * 32 + lane_index()) * kListed + j};
+    }
   }
   __syncwarp();
   return choice;
@@ -199,17 +240,17 @@ struct Sorted {
   uint64_t masses[kCount];  // of all up to each
   uint64_t first;           // of all before this lane's
 
-  __device__ __forceinline__ Sorted(const float* candidates, float maximum, float scale) {
+  __device__ __forceinline__ Sorted(const Candidate* candidates, const Choice& choice, float scale) {
 #pragma unroll
-    for (int i = 0; i < kCount; i += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(candidates + lane_index() * kCount + i);
-      logits[i] = four.x, logits[i + 1] = four.y, logits[i + 2] = four.z, logits[i + 3] = four.w;
+    for (int i = 0; i < kCount; ++i) {
+      const int entry = i * 32 + lane_index();
+      logits[i] = entry < choice.count ? candidates[entry].logit : -kInfinity;
     }
     warp_sort(logits);
     uint64_t sum = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      sum += fixed_point(exp2_fast((logits[i] - maximum) * scale));
+      sum += fixed_point(exp2_fast((logits[i] - choice.maximum) * scale));
       masses[i] = sum;
     }
     uint64_t lanes_before = sum;
@@ -236,16 +277,16 @@ struct Sorted {
   }
 };
 
-// The threshold and the mass of what is kept; `whole` is the mass of the row, `others` no less than all that is not in
-// the lists. False if the candidates do not tell.
+// The threshold and the mass of what is kept. False if the candidates do not tell.
 template <int kCount>
-__device__ __forceinline__ bool search_sorted(const SliceLists& lists, const Choice& choice, float maximum,
-                                              float others, float whole, const Law& law, RowStats& stats) {
-  const Sorted<kCount> sorted(lists.candidates, maximum, law.scale);
+__device__ __forceinline__ bool search_sorted(const SliceLists& lists, const Choice& choice, const Law& law,
+                                              RowStats& stats) {
+  const float others = choice.others;
+  const Sorted<kCount> sorted(lists.candidates, choice, law.scale);
   const uint64_t all = __shfl_sync(kAllLanes, sorted.masses[kCount - 1], 31);
-  const auto weight = [&](float x) { return exp2_fast((x - maximum) * law.scale); };
+  const auto weight = [&](float x) { return exp2_fast((x - choice.maximum) * law.scale); };
   float lowest = -FLT_MAX;
-  double mass = whole * 0x1p40;
+  double mass = choice.mass * 0x1p40;
   if (law.top_k > 0) {  // what ties with the k-th is kept, and top-p is a share of all that
     if (choice.count < law.top_k) {
       if (choice.lowest > -kInfinity || others > -kInfinity) return false;
@@ -286,21 +327,25 @@ __device__ __forceinline__ bool search_sorted(const SliceLists& lists, const Cho
   return true;
 }
 
-// Statistics of a row under a law that cuts, written by one lane. False, to all, if the lists do not tell.
-static __device__ __noinline__ bool search_lists(SliceLists& lists, int num_slices, const Law& law, RowStats& stats) {
+constexpr int kNotTold = -1;
+
+// Statistics of a row under a law that cuts, written by one lane. Returns the number of candidates, among which is all
+// that is kept; kNotTold, to all, if the lists do not tell.
+static __device__ __noinline__ int search_lists(SliceLists& lists, int num_slices, const Law& law, RowStats& stats) {
   __builtin_assume(__isShared(&lists));
   __builtin_assume(__isShared(&law));
   __builtin_assume(__isShared(&stats));
-  const LaneLists lane(lists, num_slices);
-  const float maximum = warp_max(lane.logits[0]), others = warp_max(lane.others);
-  const float whole = lane.mass(maximum, law.scale);
-  const bool valid = whole < kInfinity && maximum > -kInfinity;
-  if (lane_index() == 0) stats = {maximum, -kInfinity, law.min_p, 0.0f, 0, valid};
-  if (!valid) return true;
-  const Choice choice = choose_candidates(lists, lane, law.top_k);
-  if (choice.count <= 32 * kFew) return search_sorted<kFew>(lists, choice, maximum, others, whole, law, stats);
-  if (choice.count <= 32 * kMany) return search_sorted<kMany>(lists, choice, maximum, others, whole, law, stats);
-  return false;
+  const Choice choice =
+      num_slices > 64 ? choose_candidates<4>(lists, num_slices, law) : choose_candidates<2>(lists, num_slices, law);
+  if (lane_index() == 0) stats = {choice.maximum, -kInfinity, law.min_p, 0.0f, 0, choice.is_law()};
+  if (!choice.is_law()) return 0;
+  bool found = false;
+  if (choice.count <= 32 * kFew) {
+    found = search_sorted<kFew>(lists, choice, law, stats);
+  } else if (choice.count <= 32 * kMany) {
+    found = search_sorted<kMany>(lists, choice, law, stats);
+  }
+  return found ? choice.count : kNotTold;
 }
 
 }  // namespace fastspec

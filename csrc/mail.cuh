@@ -53,7 +53,8 @@ __device__ __forceinline__ Message look(const Message* at) {
   return message;
 }
 
-// Waits for the messages at `at(i)` where `wanted(i)`, all of the exchange that `expected(number)` knows. The others
+// By a whole warp: waits for the messages at `at(i)` where `wanted(i)`, all of the exchange that `expected(number)`
+// knows. The others
 // are read as well, so that there is no branch and no register waits for a load that may not come; what they say is of
 // no meaning.
 template <int kCount, typename Expected, typename Wanted, typename At>
@@ -64,10 +65,11 @@ __device__ __forceinline__ void receive(Message (&messages)[kCount], Expected ex
     missing = false;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) messages[i] = look(at(i));
+    __syncwarp();  // or the compiler waits for some before it asks for the others
 #pragma unroll
     for (int i = 0; i < kCount; ++i) missing |= wanted(i) && !expected(messages[i].number);
     patience.poll();
-  } while (missing);
+  } while (__any_sync(kAllLanes, missing));
 }
 template <int kCount, typename Wanted, typename At>
 __device__ __forceinline__ void receive(uint64_t (&contents)[kCount], uint64_t number, Wanted wanted, At at) {

@@ -23,22 +23,44 @@ __device__ __forceinline__ NoiseKey noise_key(int64_t seed, int64_t position, St
 // The high or the low words of the 64-bit numbers of a quad of lanes.
 enum class Half : uint32_t { kHigh = 0, kLow = 1 };
 
-// Philox4x32-10 (Salmon et al., SC 2011).
-__device__ __forceinline__ uint4 philox_block(const NoiseKey& key, uint32_t quad, Half half) {
-  uint32_t c0 = quad, c1 = key.source, c2 = key.position, c3 = static_cast<uint32_t>(half);
-  uint32_t k0 = key.key0, k1 = key.key1;
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
-    const uint64_t product1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(product1);
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(product0);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+// A round of Philox4x32 (Salmon et al., SC 2011), and what becomes of its key.
+struct PhiloxKey {
+  uint32_t first, second;
+
+  __device__ __forceinline__ uint4 round(const uint4& c) const {
+    const uint64_t product0 = static_cast<uint64_t>(c.x) * 0xD2511F53u;
+    const uint64_t product1 = static_cast<uint64_t>(c.z) * 0xCD9E8D57u;
+    return {static_cast<uint32_t>(product1 >> 32) ^ c.y ^ first, static_cast<uint32_t>(product1),
+            static_cast<uint32_t>(product0 >> 32) ^ c.w ^ second, static_cast<uint32_t>(product0)};
   }
-  return {c0, c1, c2, c3};
+  __device__ __forceinline__ void advance() { first += 0x9E3779B9u, second += 0xBB67AE85u; }
+};
+constexpr int kRounds = 10;
+
+__device__ __forceinline__ uint4 philox_counter(const NoiseKey& key, uint32_t quad, Half half) {
+  return {quad, key.source, key.position, static_cast<uint32_t>(half)};
+}
+
+__device__ __forceinline__ uint4 philox_block(const NoiseKey& key, uint32_t quad, Half half) {
+  uint4 words = philox_counter(key, quad, half);
+  PhiloxKey rounds = {key.key0, key.key1};
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i, rounds.advance()) words = rounds.round(words);
+  return words;
+}
+
+// Both halves, side by side; in a loop, as short code is a little faster where it runs once.
+struct PhiloxWords {
+  uint4 high, low;
+};
+__device__ __forceinline__ PhiloxWords philox_both(const NoiseKey& key, uint32_t quad) {
+  PhiloxWords words = {philox_counter(key, quad, Half::kHigh), philox_counter(key, quad, Half::kLow)};
+  PhiloxKey rounds = {key.key0, key.key1};
+#pragma unroll 2
+  for (int i = 0; i < kRounds; ++i, rounds.advance()) {
+    words = {rounds.round(words.high), rounds.round(words.low)};
+  }
+  return words;
 }
 
 // The same as a call, for words that are seldom needed: instructions must be fetched, too.
@@ -79,11 +101,18 @@ __device__ __forceinline__ float refine(float coarse, uint32_t lower) {
 // and one in two and a half has a small one, the low words had better be computed always.
 template <bool kAlways = false>
 __device__ __forceinline__ float4 exponentials(const NoiseKey& key, uint32_t quad) {
-  const uint4 high = philox_block(key, quad, Half::kHigh);
+  PhiloxWords words;
+  if constexpr (kAlways) {
+    words = philox_both(key, quad);
+  } else {
+    words.high = philox_block(key, quad, Half::kHigh);
+  }
+  const uint4& high = words.high;
   float4 t = {__uint2float_rn(high.x) * 0x1p-32f, __uint2float_rn(high.y) * 0x1p-32f,
               __uint2float_rn(high.z) * 0x1p-32f, __uint2float_rn(high.w) * 0x1p-32f};
   if (kAlways || fminf(fminf(t.x, t.y), fminf(t.z, t.w)) < kSmall) {
-    const uint4 low = kAlways ? philox_block(key, quad, Half::kLow) : philox_call(key, quad, Half::kLow);
+    if constexpr (!kAlways) words.low = philox_call(key, quad, Half::kLow);
+    const uint4& low = words.low;
     t = {refine(t.x, low.x), refine(t.y, low.y), refine(t.z, low.z), refine(t.w, low.w)};
   }
   return {exponential_of(t.x), exponential_of(t.y), exponential_of(t.z), exponential_of(t.w)};
@@ -91,11 +120,11 @@ __device__ __forceinline__ float4 exponentials(const NoiseKey& key, uint32_t qua
 
 // That of one lane, bit for bit.
 __device__ __forceinline__ float exponential(const NoiseKey& key, uint32_t lane) {
-  const uint4 high = philox_block(key, lane / 4, Half::kHigh), low = philox_block(key, lane / 4, Half::kLow);
+  const PhiloxWords both = philox_both(key, lane / 4);
   const auto word = [&](const uint4& words) {
     return lane & 2 ? (lane & 1 ? words.w : words.z) : (lane & 1 ? words.y : words.x);
   };
-  return exponential_of(refine(__uint2float_rn(word(high)) * 0x1p-32f, word(low)));
+  return exponential_of(refine(__uint2float_rn(word(both.high)) * 0x1p-32f, word(both.low)));
 }
 
 }  // namespace fastspec

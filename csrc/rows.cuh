@@ -35,19 +35,31 @@ struct Law {
 // The law of log-weights as they are.
 __device__ __forceinline__ Law plain_law() { return {kLog2e, false, 0, 0.0f, 1.0, false}; }
 
+// The same as it is stored.
+struct StoredLaw {
+  double temperature, top_p, min_p;
+  int64_t top_k;
+
+  __device__ __forceinline__ StoredLaw(const SamplingParams& sampling, int sequence)
+      : temperature(sampling.temperature[sequence]),
+        top_p(sampling.top_p[sequence]),
+        min_p(sampling.min_p[sequence]),
+        top_k(sampling.top_k[sequence]) {}
+
+  __device__ __forceinline__ Law law(int vocab_size) const {
+    Law law = plain_law();
+    law.greedy = !(static_cast<float>(temperature) > 0);
+    if (!law.greedy) law.scale = fminf(kLog2e / static_cast<float>(temperature), 1e30f);
+    law.top_k = top_k < vocab_size ? static_cast<int>(top_k) : 0;
+    law.min_p = static_cast<float>(min_p);
+    law.top_p = top_p;
+    law.cuts = !law.greedy && (law.top_k > 0 || law.top_p < 1 || law.min_p > 0);
+    return law;
+  }
+};
+
 __device__ __forceinline__ Law load_law(const SamplingParams& sampling, int sequence, int vocab_size) {
-  // All loads before the first use: they are under way together.
-  const double temperature = sampling.temperature[sequence], top_p = sampling.top_p[sequence];
-  const double min_p = sampling.min_p[sequence];
-  const int64_t top_k = sampling.top_k[sequence];
-  Law law = plain_law();
-  law.greedy = !(static_cast<float>(temperature) > 0);
-  if (!law.greedy) law.scale = fminf(kLog2e / static_cast<float>(temperature), 1e30f);
-  law.top_k = top_k < vocab_size ? static_cast<int>(top_k) : 0;
-  law.min_p = static_cast<float>(min_p);
-  law.top_p = top_p;
-  law.cuts = !law.greedy && (law.top_k > 0 || law.top_p < 1 || law.min_p > 0);
-  return law;
+  return StoredLaw(sampling, sequence).law(vocab_size);
 }
 
 // What a prefix does to the logits after it: repetition penalty, and ends that must not come yet. One per block, in
@@ -270,9 +282,8 @@ __device__ __forceinline__ RowStats merge_slices(const TileStats (&slices)[kCoun
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    if (slices[i].maximum > -kInfinity || isnan(slices[i].mass)) {
-      mass += slices[i].mass * exp2_fast((slices[i].maximum - maximum) * scale);
-    }
+    // NaN of a row of nothing but -inf, which is none anyway.
+    mass += slices[i].mass * exp2_fast((slices[i].maximum - maximum) * scale);
   }
   mass = warp_sum(mass);
   const bool valid = mass < kInfinity && maximum > -kInfinity;

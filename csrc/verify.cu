@@ -121,12 +121,11 @@ __device__ __forceinline__ void send_slices(Context<kType> context, int num_rows
         if (!at.is_last()) return;
         const int slice = context.slice(at.items.local);
         if (cuts && is_target) {
-          float others;
-          int place;
-          const float mine = largest.take<false>(others, place), neighbour = __shfl_down_sync(kAllLanes, mine, 1);
-          const int kind = lane_index() / 2;
-          const uint64_t content = kind < kListed / 2 ? content_of(mine, neighbour) : content_of(stats.mass, others);
-          if (lane_index() % 2 == 0 && kind < kKinds) send(context.about_slice(kind, row, slice), content, number);
+          const Largest found = largest.take<false>(context.shared.taken[warp_index()]);
+          const int kind = lane_index();
+          const uint64_t content = kind < kListed / 2 ? content_of(found.logit(2 * kind), found.logit(2 * kind + 1))
+                                                      : content_of(stats.mass, found.others);
+          if (kind < kKinds) send(context.about_slice(kind, row, slice), content, number);
         } else if (lane_index() == 0) {
           send(context.about_slice(0, row, slice), content_of(stats.maximum, stats.mass), number);
         }
@@ -168,8 +167,8 @@ __device__ __forceinline__ RowStats find_threshold(const Context<kType>& context
   }
   __syncthreads();
   if (warp_index() == 0) {
-    const bool found = search_lists(shared.lists, num_slices, shared.law, shared.cut);
-    if (lane_index() == 0) shared.cut_found = found;
+    const int candidates = search_lists(shared.lists, num_slices, shared.law, shared.cut);
+    if (lane_index() == 0) shared.cut_found = candidates != kNotTold;
   }
   __syncthreads();
   RowStats stats = shared.cut;
@@ -358,7 +357,7 @@ __device__ __forceinline__ void receive_part(const Context<kType>& context, bool
   const float scale = context.shared.law.scale;
   Partial found = {0, bare ? -kInfinity : 0.0f, {-1.0f, context.params.vocab_size}};
 #pragma unroll 1
-  for (int first = lane_index(); first < num_slices; first += 32 * kAtOnce) {
+  for (int first = lane_index(); first - lane_index() < num_slices; first += 32 * kAtOnce) {
     uint64_t contents[2 * kAtOnce];
     const auto slice = [&](int i) { return first + 32 * (i % kAtOnce); };
     const Message* const from[2] = {context.about_part(0, index, first), context.about_part(1, index, first)};
@@ -533,6 +532,16 @@ __device__ __forceinline__ void prepare_test(const Context<kType>& context, int 
   }
 }
 
+// Whether all rows are read at once and the first block decides alone: greedily, if none is left over or a block has no
+// more than a tile of each. Of the messages about slices there is one each, so there is room for more rows than usual.
+template <LogitType kType>
+__device__ __forceinline__ bool reads_all(const Context<kType>& context) {
+  const VerifyParams& params = context.params;
+  const bool short_rows = params.max_local == 1 && params.slicing.tiles_per_slice == 1;
+  return context.shared.law.greedy && (params.root_ahead == params.num_nodes - 1 || short_rows) &&
+         params.num_nodes <= kKinds * params.mail_rows;
+}
+
 // Statistics of the rows of a span, and the tests of the children of its nodes.
 template <LogitType kType>
 __device__ __forceinline__ void read(const Context<kType>& context) {
@@ -544,6 +553,7 @@ __device__ __forceinline__ void read(const Context<kType>& context) {
   const int num_targets = span.num_targets(), num_rows = num_rows_read(context);
 
   send_slices(context, num_rows);
+  if (context.rank() != 0 && reads_all(context)) return;
   if (context.draws_last()) send_last(context);
   context.note_first(Mark::kRead);
   if (cuts) {
@@ -569,11 +579,17 @@ __device__ __forceinline__ void read(const Context<kType>& context) {
   }
   // By a warp that has no row, if there is one.
   if (context.draws_last() && warp_index() == min(num_rows, kWarps - 1)) receive_part(context, true, kLastRequest);
-  if (cuts && node < num_targets) {
+  if (cuts && __any_sync(kAllLanes, node < num_targets)) {
     uint64_t contents[2];
-    receive(contents, context.number(), [](int) { return true; }, [&](int i) { return context.about_row(i, node); });
-    shared.stats[span.target(node)] = {
-        first_of(contents[0]), second_of(contents[0]), law.min_p, first_of(contents[1]), 0, second_of(contents[1]) > 0};
+    const bool inside = node < num_targets;
+    receive(
+        contents, context.number(), [&](int) { return inside; },
+        [&](int i) { return context.about_row(i, inside ? node : 0); });
+    if (inside) {
+      shared.stats[span.target(node)] = {
+          first_of(contents[0]),     second_of(contents[0]), law.min_p, first_of(contents[1]), 0,
+          second_of(contents[1]) > 0};
+    }
   }
   __syncthreads();
   if (num_rows > 0) {
@@ -611,12 +627,17 @@ __device__ __forceinline__ void verify_tree(const Context<kType>& context, int e
   Shared& shared = context.shared;
   load_sequence(context, exchanges);
   __syncthreads();
+  if (reads_all(context)) {
+    if (threadIdx.x == 0) shared.span.num_ahead = context.params.num_nodes - 1;
+    __syncthreads();
+  }
   do {
     // What is read, as the first warp may go on to the next.
     const bool sums = shared.walk.need == Need::kRead && sums_ahead(context.params, shared);
     const Span span = shared.span;
     const uint64_t number = context.number();
     shared.walk.need == Need::kRead ? read(context) : pass(context);
+    if (context.rank() != 0 && reads_all(context)) return;
     if (warp_index() != 0) {
       if (sums) send_sums(context, span, number);
     } else {
@@ -647,9 +668,7 @@ template <LogitType kType>
 __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_constant__ VerifyParams params) {
   __shared__ Shared shared;
   const Context<kType> context(params, shared);
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  wait_for_inputs();
   context.note(Mark::kStart);
   verify_tree(context, 0);
 }

@@ -123,6 +123,7 @@ struct Shared {
   };
   RowStats cut;  // what was found
   bool cut_found;
+  Taken taken[kWarps][kListed];
   RowStats stats[kMaxRows];  // target rows, then draft rows
   TreeNode tree[kMaxNodes];
   Penalties penalties;  // and with them the tokens and parents of the tree
