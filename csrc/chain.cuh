@@ -225,7 +225,7 @@ class Chain {
     Path path = {1.0f, 0, 0};
     path.length = __ffs(static_cast<int>(~(tested | 1))) - 2;
     if (params_.rule == Rule::kBlock) {
-      const float ratio = q > 0 ? fminf(__fdividef(p, q), kHugeRatio) : (p > 0 ? kHugeRatio : 0.0f);
+      const float ratio = likelihood_ratio(p, q);
       float r = 1;
 #pragma unroll
       for (int i = 1; i < kMaxChain; ++i) {

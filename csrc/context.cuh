@@ -101,9 +101,10 @@ struct Context {
       params.clock[static_cast<int>(mark)] = clock64();
     }
   }
-  // Of what may come again; the first thread asks alone, as it counts the reads itself.
+  // Of what may come again; the first thread asks alone, as it counts the reads itself. Volatile, or the compiler would
+  // let all threads ask.
   __device__ __forceinline__ void note_first(Mark mark) const {
-    if (threadIdx.x == 0 && shared.walk.reads == 0) note(mark);
+    if (threadIdx.x == 0 && const_cast<const volatile int&>(shared.walk.reads) == 0) note(mark);
   }
 };
 

@@ -532,16 +532,6 @@ __device__ __forceinline__ void prepare_test(const Context<kType>& context, int 
   }
 }
 
-// Whether all rows are read at once and the first block decides alone: greedily, if none is left over or a block has no
-// more than a tile of each. Of the messages about slices there is one each, so there is room for more rows than usual.
-template <LogitType kType>
-__device__ __forceinline__ bool reads_all(const Context<kType>& context) {
-  const VerifyParams& params = context.params;
-  const bool short_rows = params.max_local == 1 && params.slicing.tiles_per_slice == 1;
-  return context.shared.law.greedy && (params.root_ahead == params.num_nodes - 1 || short_rows) &&
-         params.num_nodes <= kKinds * params.mail_rows;
-}
-
 // Statistics of the rows of a span, and the tests of the children of its nodes.
 template <LogitType kType>
 __device__ __forceinline__ void read(const Context<kType>& context) {
@@ -553,7 +543,6 @@ __device__ __forceinline__ void read(const Context<kType>& context) {
   const int num_targets = span.num_targets(), num_rows = num_rows_read(context);
 
   send_slices(context, num_rows);
-  if (context.rank() != 0 && reads_all(context)) return;
   if (context.draws_last()) send_last(context);
   context.note_first(Mark::kRead);
   if (cuts) {
@@ -627,17 +616,12 @@ __device__ __forceinline__ void verify_tree(const Context<kType>& context, int e
   Shared& shared = context.shared;
   load_sequence(context, exchanges);
   __syncthreads();
-  if (reads_all(context)) {
-    if (threadIdx.x == 0) shared.span.num_ahead = context.params.num_nodes - 1;
-    __syncthreads();
-  }
   do {
     // What is read, as the first warp may go on to the next.
     const bool sums = shared.walk.need == Need::kRead && sums_ahead(context.params, shared);
     const Span span = shared.span;
     const uint64_t number = context.number();
     shared.walk.need == Need::kRead ? read(context) : pass(context);
-    if (context.rank() != 0 && reads_all(context)) return;
     if (warp_index() != 0) {
       if (sums) send_sums(context, span, number);
     } else {

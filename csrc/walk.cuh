@@ -108,6 +108,12 @@ struct Span {
   }
 };
 
+// p / q, or what stands for infinity; division is approximate, but where p >= q it is no less than 1.
+__device__ __forceinline__ float likelihood_ratio(float p, float q) {
+  const float ratio = q > 0 ? fminf(__fdividef(p, q), kHugeRatio) : (p > 0 ? kHugeRatio : 0.0f);
+  return q > 0 && p >= q ? fmaxf(ratio, 1.0f) : ratio;
+}
+
 struct Message;
 
 // Where a group's messages of one kind of exchange lie.
@@ -318,7 +324,7 @@ class Walk {
       const Test test = shared_.tests[inside ? node : 0];
       const bool drafted = inside && known != Known::kNo && test.token >= 0;
       float bound = 1;
-      float factor = test.q > 0 ? fminf(__fdividef(test.p, test.q), kHugeRatio) : (test.p > 0 ? kHugeRatio : 0.0f);
+      float factor = likelihood_ratio(test.p, test.q);
 #pragma unroll 1
       for (int offset = 1; offset < min(32, limit - base); offset *= 2) {
         const float before = __shfl_up_sync(kAllLanes, bound, offset);

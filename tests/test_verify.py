@@ -89,10 +89,13 @@ def test_short_and_long_chains(backend, gamma):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("rule", [Rule.BLOCK, Rule.TOKEN_LEVEL])
-@pytest.mark.parametrize("top_k", [0, 40])
+@pytest.mark.parametrize(("rule", "top_k"), [(Rule.BLOCK, 0), (Rule.TOKEN_LEVEL, 0), (Rule.TOKEN_LEVEL, 40)])
 def test_where_nothing_is_left_of_a_residual_the_law_itself_is_drawn_from(backend, rule, top_k):
-    """A draft that agrees wholly with the target, and a token that neither would draw."""
+    """A draft that agrees wholly with the target, and a token that neither would draw.
+
+    Not block verification where the masses of p and q are summed over different tokens: they differ in their last
+    digits, and of h = 0 / 0 nothing but these is left.
+    """
     tree, vocab_size, batch = DraftTree.chain(3), 4097, 4
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(batch, 4, vocab_size, generator=generator) * 3
