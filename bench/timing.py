@@ -68,14 +68,15 @@ def time_eager(call: Callable[[], object], repeats: int = 20, samples: int = 20)
 
 
 def interleaved(
-    calls: dict[str, Callable[[], object]], repeats: int = 50, samples: int = 60
+    calls: dict[str, Callable[[], object]], repeats: int | dict[str, int] = 50, samples: int = 60
 ) -> dict[str, Timing]:
-    """Times several variants in graphs, taking turns so that drift hits all alike."""
-    graphs = {name: capture(call, repeats) for name, call in calls.items()}
+    """Times several variants in graphs of so many calls, taking turns so that drift hits all alike."""
+    each = repeats if isinstance(repeats, dict) else dict.fromkeys(calls, repeats)
+    graphs = {name: capture(call, each[name]) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for sample in range(samples + 5):
         for name, graph in graphs.items():
-            microseconds = elapsed(graph.replay) / repeats
+            microseconds = elapsed(graph.replay) / each[name]
             if sample >= 5:
                 times[name].append(microseconds)
     return {name: summary(values) for name, values in times.items()}

@@ -33,8 +33,8 @@ PARAMS = {
 #: Inputs differ from launch to launch, as many as fit the L2 cache together: that is where a pass leaves its logits.
 ROTATION_BYTES = 24 << 20
 MAX_ROTATION = 8
-#: In a graph, so many that its own start is no part of the time of each.
-LAUNCHES = 32 * MAX_ROTATION
+#: In a graph, of the CUDA kernel so many that the graph's start is no part of the time of each.
+LAUNCHES, CUDA_LAUNCHES = 4 * MAX_ROTATION, 32 * MAX_ROTATION
 #: What lies between the marks at which the kernel notes the clock.
 PARTS = ("read", "statistics", "walk", "output")
 
@@ -141,7 +141,8 @@ def measure(setup: Setup) -> list[dict]:
                 if compiled and tree.is_chain and params_name == "temperature":
                     calls |= _chain_baselines(inputs[0])
                 name = f"verify/{tree_name}/V{vocab_size}/{params_name}"
-                timings = interleaved(calls, repeats=LAUNCHES, samples=samples)
+                launches = dict.fromkeys(calls, LAUNCHES) | {"cuda": CUDA_LAUNCHES}
+                timings = interleaved(calls, launches, samples)
                 if "torch_graph" in calls:
                     timings["torch_eager"] = time_eager(calls["torch_graph"])
                 floor = launch + read / setup.read_bandwidth * 1e6
