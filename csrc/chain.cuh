@@ -54,11 +54,15 @@ struct ChainShared {
   int redraw;  // the node from whose law the first block draws; -1: it has decided
 };
 
-// Whether the tree is such a chain, all of whose rows there is room for.
+// Whether the tree is a chain, verified against the draft's laws, all of which is read at once.
+inline bool reads_chain(const VerifyParams& params) {
+  return params.draft_logits != nullptr && params.max_depth == params.num_nodes - 1 &&
+         params.root_ahead == params.max_depth;
+}
+// Whether it is short, too, and there is room for all its rows.
 inline bool is_chain(const VerifyParams& params) {
-  return params.num_nodes > 1 && params.num_nodes <= kMaxChain && params.max_depth == params.num_nodes - 1 &&
-         params.root_ahead == params.max_depth && params.mail_rows >= 2 * params.num_nodes - 1 &&
-         params.draft_logits != nullptr;
+  return reads_chain(params) && params.num_nodes > 1 && params.num_nodes <= kMaxChain &&
+         params.mail_rows >= 2 * params.num_nodes - 1;
 }
 
 template <LogitType kType>
@@ -133,6 +137,7 @@ class Chain {
   // Rows: the target's, then the draft's; then the last node's again, so that as many warps as there are phases can
   // have it.
   __device__ __forceinline__ bool is_target(int row) const { return row < num_nodes_ || row >= num_rows_; }
+  __device__ __forceinline__ float scale_of(int row) const { return is_target(row) ? sequence_.law.scale : kLog2e; }
   __device__ __forceinline__ int first_tile(int local) const {
     return context_.slice(local) * params_.slicing.tiles_per_slice;
   }
@@ -172,6 +177,17 @@ class Chain {
     receive(messages, [&](uint64_t found) { return ((found ^ expected) & ~uint64_t{kPayload}) == 0; }, wanted, at);
   }
 
+  // Whether message i is about a slice, of those that are kCount of a lane.
+  template <int kCount>
+  __device__ __forceinline__ bool is_slice(int i) const {
+    return lane_index() + 32 * (i % kCount) < params_.slicing.num_slices;
+  }
+  // One about each of a lane's slices, from that about its first on.
+  template <int kCount>
+  __device__ __forceinline__ void receive_slices(Message (&messages)[kCount], const Message* from) const {
+    receive_all(messages, [&](int i) { return is_slice<kCount>(i); }, [&](int i) { return from + 32 * i; });
+  }
+
   // Lets `use(at, row)` have each tile of this block's slices in x, where the first is.
   template <typename Use>
   __device__ __forceinline__ void read(float4 (&x)[kVectors], const Tiles& tiles, Use use) const {
@@ -191,18 +207,15 @@ class Chain {
   // What all lanes of a warp have received of the slices of a row.
   template <int kCount>
   __device__ __forceinline__ RowStats receive_row(int row) const {
-    const int num_slices = params_.slicing.num_slices;
-    const auto inside = [&](int i) { return lane_index() + 32 * i < num_slices; };
-    const Message* const from = about_slice(0, row, lane_index());
     Message messages[kCount];
-    receive_all(messages, inside, [&](int i) { return from + 32 * i; });
+    receive_slices(messages, about_slice(0, row, lane_index()));
     TileStats slices[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       slices[i] = {-kInfinity, 0.0f};
-      if (inside(i)) slices[i] = {first_of(messages[i].content), second_of(messages[i].content)};
+      if (is_slice<kCount>(i)) slices[i] = {first_of(messages[i].content), second_of(messages[i].content)};
     }
-    return merge_slices(slices, is_target(row) ? sequence_.law.scale : kLog2e, sequence_.law.greedy);
+    return merge_slices(slices, scale_of(row), sequence_.law.greedy);
   }
   __device__ __forceinline__ RowStats receive_row(int row) const {
     return params_.slicing.num_slices > 64 ? receive_row<4>(row) : receive_row<2>(row);
@@ -315,7 +328,7 @@ class Chain {
         drawn = at.is_first() ? next : join(drawn, next, true, sequence_.law.scale);
         if (at.is_last()) send_draw(at, phase, drawn);
       } else {
-        const float scale = is_target(row) ? sequence_.law.scale : kLog2e;
+        const float scale = scale_of(row);
         const TileStats next = tile_statistics(x, scale);
         stats = at.is_first() ? next : join(stats, next, scale, false);
         if (at.is_last()) send_slice(at, stats);
@@ -336,7 +349,7 @@ class Chain {
       const RowStats found = receive_row(row);
       if (lane_index() == 0) {
         shared_.stats[row] = found;
-        const float weight = exp2_fast((drafted - found.maximum) * (is_target(row) ? sequence_.law.scale : kLog2e));
+        const float weight = exp2_fast((drafted - found.maximum) * scale_of(row));
         (is_target(row) ? shared_.p : shared_.q)[node] = found.valid ? weight * found.inverse_mass : -1.0f;
       }
     }
@@ -404,15 +417,6 @@ class Chain {
     return found;
   }
 
-  __device__ __forceinline__ void race(const float (&w)[4], int first, const float4& e, Best& best) const {
-    const float scores[4] = {__fdividef(w[0], e.x), __fdividef(w[1], e.y), __fdividef(w[2], e.z),
-                             __fdividef(w[3], e.w)};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (w[j] > 0 && scores[j] > best.score) best = {scores[j], first + j};
-    }
-  }
-
   // Of the mass of a draw no more is told than whether there is one.
   __device__ __forceinline__ void send_draw(const Tiles& at, int phase, const Partial& drawn) const {
     const bool law = drawn.sum < kInfinity;
@@ -422,13 +426,9 @@ class Chain {
     }
   }
 
-  // What was found in half of the phases, of up to kCount slices per lane: message i is about slice_of(i).
+  // What was found in half of the phases.
   template <int kCount>
   static constexpr int kMessages = kCount * kPhases / kHalves;
-  template <int kCount>
-  __device__ __forceinline__ bool is_slice(int i) const {
-    return lane_index() + 32 * (i % kCount) < params_.slicing.num_slices;
-  }
   template <int kCount>
   __device__ __forceinline__ void receive_half(int node, int half, Message (&messages)[kMessages<kCount>]) const {
     const Message* from[kPhases / kHalves];
@@ -444,9 +444,8 @@ class Chain {
   // A phase of the draw after the last node.
   template <int kCount>
   __device__ __forceinline__ void receive_draw(int phase) const {
-    const Message* const from = about_part(num_nodes_ - 1, phase, lane_index());
     Message messages[kCount];
-    receive_all(messages, [&](int i) { return is_slice<kCount>(i); }, [&](int i) { return from + 32 * i; });
+    receive_slices(messages, about_part(num_nodes_ - 1, phase, lane_index()));
     Partial drawn = {0, -kInfinity, {-1.0f, params_.vocab_size}};
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -647,7 +646,7 @@ class Chain {
     TileStats stats;
     LargestThree largest;
     read(x, tiles, [&](const Tiles& at, int row) {
-      const float scale = is_target(row) ? sequence_.law.scale : kLog2e;
+      const float scale = scale_of(row);
       const TileStats next = tile_statistics(x, scale);
       stats = at.is_first() ? next : join(stats, next, scale, false);
       if (at.is_first()) largest = {};
@@ -660,10 +659,8 @@ class Chain {
     const Largest found = largest.take<true>(context_.shared.taken[warp_index()]);
     const int kind = lane_index(), i = 2 * kind;
     if (kind < kKinds) {
-      const bool lists = kind < kListed / 2;
-      send(about_slice(kind, at.items.row, context_.slice(at.items.local)),
-           lists ? content_of(found.logit(i), found.logit(i + 1)) : content_of(mass, found.others),
-           number(lists ? found.place(i) | found.place(i + 1) << kPlaceBits : 0));
+      send(about_slice(kind, at.items.row, context_.slice(at.items.local)), found.content(kind, mass),
+           number(kind < kListed / 2 ? found.place(i) | found.place(i + 1) << kPlaceBits : 0));
     }
   }
 
@@ -693,13 +690,8 @@ class Chain {
       for (int i = 0; i < kKinds * kAtOnce; ++i) {
         if (slice(i) >= num_slices) continue;
         const int kind = i / kAtOnce;
-        const float2 pair = {first_of(messages[i].content), second_of(messages[i].content)};
-        if (kind < kKinds - 1) {
-          reinterpret_cast<float2*>(&lists.lists.largest[kind / 2][slice(i)])[kind % 2] = pair;
-          lists.places[kind][slice(i)] = static_cast<uint32_t>(messages[i].number & kPayload);
-        } else {
-          lists.lists.rest[slice(i)] = pair;
-        }
+        lists.lists.keep(kind, slice(i), {first_of(messages[i].content), second_of(messages[i].content)});
+        if (kind < kListed / 2) lists.places[kind][slice(i)] = static_cast<uint32_t>(messages[i].number & kPayload);
       }
     }
     __syncwarp();
@@ -739,7 +731,7 @@ class Chain {
       const bool keeps = stats.weight(sequence_.law.scale, candidate.logit) > 0;
       const uint32_t lanes = __ballot_sync(kAllLanes, keeps);
       __syncwarp();  // they move up, where all have been read
-      if (keeps) candidates[kept.count + __popc(lanes & ((1u << lane_index()) - 1))] = candidate;
+      if (keeps) candidates[kept.count + num_before(lanes)] = candidate;
       kept.count += __popc(lanes);
     }
     if (kept.count > kMaxKept) return false;

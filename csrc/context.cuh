@@ -206,6 +206,10 @@ struct Largest {
     return i < count ? from_ordered_key(taken[i].key) : -kInfinity;
   }
   __device__ __forceinline__ uint32_t place(int i) const { return i < count ? taken[i].place : 0; }
+  // Of the message of that kind, about a slice of that mass.
+  __device__ __forceinline__ uint64_t content(int kind, float mass) const {
+    return kind < kListed / 2 ? content_of(logit(2 * kind), logit(2 * kind + 1)) : content_of(mass, others);
+  }
 };
 
 // A lane's share of a slice, of which the largest logits of all lanes are taken one by one. A lane keeps its first
@@ -249,7 +253,7 @@ struct LargestThree {
       const bool holds = key == top;
       const uint32_t holders = __ballot_sync(kAllLanes, holds),
                      exhausted = __ballot_sync(kAllLanes, holds && left == 0);
-      const int slot = count + __popc(holders & ((1u << lane_index()) - 1)), all = count + __popc(holders);
+      const int slot = count + num_before(holders), all = count + __popc(holders);
       if (!ended) bound = top;
       const bool taking = holds && !ended && exhausted == 0 && slot < kListed;
       if (taking) taken[slot] = {key, kPlaces ? place : 0};

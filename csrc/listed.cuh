@@ -28,6 +28,15 @@ struct SliceLists {
     Candidate candidates[32 * kMany];         // of these, when all have been read
   };
   float2 rest[kMaxSlices];  // the mass of the slice, and a bound of its other logits
+
+  // What the message of that kind says about a slice: two of its largest logits, or the rest.
+  __device__ __forceinline__ void keep(int kind, int slice, float2 pair) {
+    if (kind < kListed / 2) {
+      reinterpret_cast<float2*>(&largest[kind / 2][slice])[kind % 2] = pair;
+    } else {
+      rest[slice] = pair;
+    }
+  }
 };
 
 // One of the largest of a slice: its key in the order of floats, and where in the slice it is.
@@ -185,11 +194,12 @@ __device__ __forceinline__ Choice choose_candidates(SliceLists& lists, int num_s
   int rank = 0;
 #pragma unroll
   for (int i = 0; i < 32; ++i) rank += __shfl_sync(kAllLanes, sample, i) > sample;
+  float lowest;
   int mine, place;
 #pragma unroll 1
   do {
     choice.lowest = from_ordered_key(__reduce_min_sync(kAllLanes, rank < wanted ? ordered_key(sample) : UINT32_MAX));
-    const float lowest = fmaxf(choice.lowest, -FLT_MAX);
+    lowest = fmaxf(choice.lowest, -FLT_MAX);
     mine = choice.count = place = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -200,12 +210,11 @@ __device__ __forceinline__ Choice choose_candidates(SliceLists& lists, int num_s
     for (int bit = 1; bit <= kCount * kListed; bit *= 2) {
       const uint32_t lanes = __ballot_sync(kAllLanes, mine & bit);
       choice.count += bit * __popc(lanes);
-      place += bit * __popc(lanes & ((1u << lane_index()) - 1));
+      place += bit * num_before(lanes);
     }
     wanted -= 2;
   } while (choice.count > 32 * kMany && wanted > 0);
   if (choice.count > 32 * kMany) return choice;
-  const float lowest = fmaxf(choice.lowest, -FLT_MAX);
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {

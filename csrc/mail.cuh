@@ -54,9 +54,8 @@ __device__ __forceinline__ Message look(const Message* at) {
 }
 
 // By a whole warp: waits for the messages at `at(i)` where `wanted(i)`, all of the exchange that `expected(number)`
-// knows. The others
-// are read as well, so that there is no branch and no register waits for a load that may not come; what they say is of
-// no meaning.
+// knows. The others are read as well, so that there is no branch and no register waits for a load that may not come;
+// what they say is of no meaning.
 template <int kCount, typename Expected, typename Wanted, typename At>
 __device__ __forceinline__ void receive(Message (&messages)[kCount], Expected expected, Wanted wanted, At at) {
   Patience patience("messages, the first of which is at", static_cast<int>(reinterpret_cast<uintptr_t>(at(0))));

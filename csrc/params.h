@@ -51,7 +51,6 @@ struct alignas(16) TreeNode {
 constexpr int kMaxSlices = 128;     // parts of the vocabulary that blocks share
 constexpr int kMaxVocab = 1 << 18;
 constexpr int kTile = 512;  // tokens that a warp reads at once
-constexpr int kMaxTiles = kMaxVocab / kTile / kMaxSlices;  // of a slice
 
 // How the vocabulary is dealt out: tiles of 512 tokens, and slices of as many tiles as make at most kMaxSlices.
 struct Slicing {

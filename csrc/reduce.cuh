@@ -26,6 +26,9 @@ __device__ __forceinline__ float warp_max(float value) {
   return from_ordered_key(__reduce_max_sync(kAllLanes, ordered_key(value)));
 }
 
+// How many of the lanes come before this one.
+__device__ __forceinline__ int num_before(uint32_t lanes) { return __popc(lanes & ((1u << lane_index()) - 1)); }
+
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
@@ -47,6 +50,15 @@ __device__ __forceinline__ Best better(Best a, Best b) {
 __device__ __forceinline__ Best warp_best(Best mine) {
   const float score = warp_max(mine.score);
   return {score, __reduce_min_sync(kAllLanes, mine.score == score ? mine.token : INT32_MAX)};
+}
+
+// The winner so far of a lane's exponential race and four tokens from `first` on, of weights w and noise e.
+__device__ __forceinline__ void race(const float (&w)[4], int first, const float4& e, Best& best) {
+  const float scores[4] = {__fdividef(w[0], e.x), __fdividef(w[1], e.y), __fdividef(w[2], e.z), __fdividef(w[3], e.w)};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (w[j] > 0 && scores[j] > best.score) best = {scores[j], first + j};
+  }
 }
 
 // Sum over the block of kThreads threads, to every thread. `scratch` holds kWarps values.

@@ -123,9 +123,7 @@ __device__ __forceinline__ void send_slices(Context<kType> context, int num_rows
         if (cuts && is_target) {
           const Largest found = largest.take<false>(context.shared.taken[warp_index()]);
           const int kind = lane_index();
-          const uint64_t content = kind < kListed / 2 ? content_of(found.logit(2 * kind), found.logit(2 * kind + 1))
-                                                      : content_of(stats.mass, found.others);
-          if (kind < kKinds) send(context.about_slice(kind, row, slice), content, number);
+          if (kind < kKinds) send(context.about_slice(kind, row, slice), found.content(kind, stats.mass), number);
         } else if (lane_index() == 0) {
           send(context.about_slice(0, row, slice), content_of(stats.maximum, stats.mass), number);
         }
@@ -158,12 +156,7 @@ __device__ __forceinline__ RowStats find_threshold(const Context<kType>& context
 #pragma unroll
   for (int i = 0; i < kMost; ++i) {
     if (!inside(i)) continue;
-    const float2 pair = {first_of(contents[i]), second_of(contents[i])};
-    if (kind(i) < kKinds - 1) {
-      reinterpret_cast<float2*>(&shared.lists.largest[kind(i) / 2][slice])[kind(i) % 2] = pair;
-    } else {
-      shared.lists.rest[slice] = pair;
-    }
+    shared.lists.keep(kind(i), slice, {first_of(contents[i]), second_of(contents[i])});
   }
   __syncthreads();
   if (warp_index() == 0) {
@@ -289,13 +282,7 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
     // Nobody has looked at a bare row before; its maximum and weights pass over a NaN.
     if (kBare && (!(x.x < kInfinity) | !(x.y < kInfinity) | !(x.z < kInfinity) | !(x.w < kInfinity))) found.sum = NAN;
     if (request.race && found.sum > 0) {
-      const float4 e = exponentials<true>(key, static_cast<uint32_t>(first) / 4);
-      const float scores[4] = {__fdividef(w[0], e.x), __fdividef(w[1], e.y), __fdividef(w[2], e.z),
-                               __fdividef(w[3], e.w)};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (w[j] > 0 && scores[j] > found.best.score) found.best = {scores[j], first + j};
-      }
+      race(w, first, exponentials<true>(key, static_cast<uint32_t>(first) / 4), found.best);
     }
     result = i == 0 ? found : join(result, found, kBare, scale);
   }
@@ -697,8 +684,7 @@ int verify(const VerifyParams& params, void* stream) {
   const int group_size = std::min(params.group_size, params.slicing.num_slices);
   VerifyParams launched = params;
   // At the end of a chain that is read at once.
-  launched.draws_last = params.draft_logits != nullptr && params.max_depth == params.num_nodes - 1 &&
-                        params.root_ahead == params.max_depth;
+  launched.draws_last = reads_chain(params);
   // As long as there is shared memory for its lists, which the function is allowed once and for all.
   constexpr int kOther = sizeof(Shared) + sizeof(ChainShared) + sizeof(VerifyParams) + 256;
   const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOther;

@@ -341,7 +341,7 @@ class Walk {
       const bool passes = lane_index() < length && test.uniform <= r;
       const uint32_t passing = __ballot_sync(kAllLanes, passes);
       if (passes) {
-        const int place = found.count + __popc(passing & ((1u << lane_index()) - 1));
+        const int place = found.count + num_before(passing);
         shared_.passing_node[place] = node;
         shared_.passing_r[place] = r;
       }
