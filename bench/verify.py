@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,6 +94,26 @@ def torch_chain(logits, draft_logits, tokens, temperature):
     return accepted, (residual / noise).argmax()
 
 
+def torch_block_chain(logits, draft_logits, tokens, temperature):
+    """Block verification of a chain, the kernel's own rule (Sun et al. 2403.10444), in PyTorch."""
+    p = torch.softmax(logits[0] / temperature, -1)
+    q = torch.softmax(draft_logits[0], -1)
+    drafted = tokens[0, 1:]
+    ratios = (p[:-1].gather(1, drafted[:, None]) / q.gather(1, drafted[:, None]))[:, 0]
+    r = [torch.ones_like(ratios[0])]
+    for ratio in ratios.unbind():
+        r.append((r[-1] * ratio).clamp(max=1))
+    r = torch.stack(r)
+    laws = torch.cat([(r[:-1, None] * p[:-1] - q).clamp(min=0), p[-1:]])
+    masses = laws[1:-1].sum(-1)
+    h = torch.cat([masses / (masses + 1 - r[1:-1]), r[-1:]])
+    nodes = torch.arange(1, len(r), device=h.device)
+    stop = torch.where(torch.rand_like(h) <= h, nodes, 0).amax()
+    law = laws.index_select(0, stop.view(1))[0]
+    noise = torch.empty_like(law).exponential_()
+    return stop, (law / noise).argmax()
+
+
 def make_verifier(each: Inputs, backend: str) -> Verifier:
     return Verifier(each.tree, each.logits.shape[0], each.logits.shape[2], each.rule, "cuda", backend)
 
@@ -143,8 +164,9 @@ def measure(setup: Setup) -> list[dict]:
                 name = f"verify/{tree_name}/V{vocab_size}/{params_name}"
                 launches = dict.fromkeys(calls, LAUNCHES) | {"cuda": CUDA_LAUNCHES}
                 timings = interleaved(calls, launches, samples)
-                if "torch_graph" in calls:
-                    timings["torch_eager"] = time_eager(calls["torch_graph"])
+                for eager in ("torch", "torch_block"):
+                    if f"{eager}_graph" in calls:
+                        timings[f"{eager}_eager"] = time_eager(calls[f"{eager}_graph"])
                 floor = launch + read / setup.read_bandwidth * 1e6
                 others = {other: timing for other, timing in timings.items() if other not in backends}
                 rows += [
@@ -161,12 +183,12 @@ def measure(setup: Setup) -> list[dict]:
 
 def _chain_baselines(each: Inputs) -> dict[str, Callable[[], object]]:
     arguments = (each.logits, each.draft_logits, each.tokens, 1.0)
-    compiled = torch.compile(torch_chain, dynamic=False)
-    compiled(*arguments)
-    calls = {
-        "torch_graph": lambda: torch_chain(*arguments),
-        "torch_compile_graph": lambda: compiled(*arguments),
-    }
+    calls: dict[str, Callable[[], object]] = {}
+    for name, function in (("torch", torch_chain), ("torch_block", torch_block_chain)):
+        compiled = torch.compile(function, dynamic=False)
+        compiled(*arguments)
+        calls[f"{name}_graph"] = partial(function, *arguments)
+        calls[f"{name}_compile_graph"] = partial(compiled, *arguments)
     flashinfer = flashinfer_chain(each)
     return calls if flashinfer is None else {**calls, "flashinfer_graph": flashinfer}
 

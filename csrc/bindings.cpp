@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -41,35 +42,38 @@ void verify(std::uintptr_t target_logits, int logit_type, int64_t target_stride,
             std::uintptr_t tokens, int64_t tokens_stride, std::uintptr_t tree, std::uintptr_t positions,
             const fastspec::SamplingParams& sampling, std::uintptr_t path, std::uintptr_t num_accepted,
             std::uintptr_t next_token, std::uintptr_t invalid, int batch_size, int num_nodes, int num_inner,
-            int max_depth, int vocab_size, int root_ahead, int root_inner_ahead, int rule, int group_size,
-            std::uintptr_t mail, int mail_rows, std::uintptr_t clock, std::uintptr_t stream) {
-  const fastspec::VerifyParams params = {.target_logits = pointer<const void>(target_logits),
-                                         .draft_logits = pointer<const float>(draft_logits),
-                                         .tokens = pointer<const int64_t>(tokens),
-                                         .tree = pointer<const fastspec::TreeNode>(tree),
-                                         .positions = pointer<const int64_t>(positions),
-                                         .sampling = sampling,
-                                         .logit_type = static_cast<fastspec::LogitType>(logit_type),
-                                         .path = pointer<int64_t>(path),
-                                         .num_accepted = pointer<int64_t>(num_accepted),
-                                         .next_token = pointer<int64_t>(next_token),
-                                         .invalid = pointer<bool>(invalid),
-                                         .target_stride = target_stride,
-                                         .tokens_stride = tokens_stride,
-                                         .batch_size = batch_size,
-                                         .num_nodes = num_nodes,
-                                         .num_inner = num_inner,
-                                         .max_depth = max_depth,
-                                         .vocab_size = vocab_size,
-                                         .root_ahead = root_ahead,
-                                         .root_inner_ahead = root_inner_ahead,
-                                         .rule = static_cast<fastspec::Rule>(rule),
-                                         .group_size = group_size,
-                                         .slicing = fastspec::Slicing(vocab_size),
-                                         .mail = pointer<void>(mail),
-                                         .mail_size = fastspec::verify_mail_size(mail_rows, vocab_size),
-                                         .mail_rows = mail_rows,
-                                         .clock = pointer<int64_t>(clock)};
+            int max_depth, int vocab_size, int root_ahead, int root_inner_ahead, const std::string& inner_nodes,
+            int rule, int group_size, std::uintptr_t mail, int mail_rows, std::uintptr_t clock, std::uintptr_t stream) {
+  fastspec::VerifyParams params = {.target_logits = pointer<const void>(target_logits),
+                                   .draft_logits = pointer<const float>(draft_logits),
+                                   .tokens = pointer<const int64_t>(tokens),
+                                   .tree = pointer<const fastspec::TreeNode>(tree),
+                                   .positions = pointer<const int64_t>(positions),
+                                   .sampling = sampling,
+                                   .logit_type = static_cast<fastspec::LogitType>(logit_type),
+                                   .path = pointer<int64_t>(path),
+                                   .num_accepted = pointer<int64_t>(num_accepted),
+                                   .next_token = pointer<int64_t>(next_token),
+                                   .invalid = pointer<bool>(invalid),
+                                   .target_stride = target_stride,
+                                   .tokens_stride = tokens_stride,
+                                   .batch_size = batch_size,
+                                   .num_nodes = num_nodes,
+                                   .num_inner = num_inner,
+                                   .max_depth = max_depth,
+                                   .vocab_size = vocab_size,
+                                   .root_ahead = root_ahead,
+                                   .root_inner_ahead = root_inner_ahead,
+                                   .rule = static_cast<fastspec::Rule>(rule),
+                                   .group_size = group_size,
+                                   .slicing = fastspec::Slicing(vocab_size),
+                                   .mail = pointer<void>(mail),
+                                   .mail_size = fastspec::verify_mail_size(mail_rows, vocab_size),
+                                   .mail_rows = mail_rows,
+                                   .clock = pointer<int64_t>(clock)};
+  params.has_inner_nodes =
+      inner_nodes.size() == static_cast<std::size_t>(num_inner) && num_inner <= fastspec::kMaxInner;
+  if (params.has_inner_nodes) std::copy(inner_nodes.begin(), inner_nodes.end(), params.inner_nodes);
   check(fastspec::verify(params, pointer<void>(stream)), "fastspec verify kernel");
 }
 

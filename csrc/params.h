@@ -51,6 +51,7 @@ struct alignas(16) TreeNode {
 constexpr int kMaxSlices = 128;     // parts of the vocabulary that blocks share
 constexpr int kMaxVocab = 1 << 18;
 constexpr int kTile = 512;  // tokens that a warp reads at once
+constexpr int kMaxInner = 16;  // inner nodes of a small tree
 
 // How the vocabulary is dealt out: tiles of 512 tokens, and slices of as many tiles as make at most kMaxSlices.
 struct Slicing {
@@ -76,7 +77,10 @@ struct VerifyParams {
   Rule rule;
   int group_size;  // blocks per sequence
   Slicing slicing;
+  bool is_small = false;  // whether the tree is read at once where nothing is cut; verify() sets it
   int max_local = 0;  // slices of a block at most; verify() sets it
+  uint8_t inner_nodes[kMaxInner] = {};  // entry i: the node whose row of the draft's distributions is i;
+  bool has_inner_nodes = false;  // if there is room for all of them, and a lane for each of their children
   bool draws_last = false;  // whether the draw after the last node is made with the first read; verify() sets it
   void* mail;         // [B, mail_size] messages, zeros before the first launch; launches must not overlap
   int64_t mail_size;  // verify_mail_size() of mail_rows

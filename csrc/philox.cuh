@@ -118,6 +118,20 @@ __device__ __forceinline__ float4 exponentials(const NoiseKey& key, uint32_t qua
   return {exponential_of(t.x), exponential_of(t.y), exponential_of(t.z), exponential_of(t.w)};
 }
 
+// Those of a quad, bit for bit, by two neighbouring lanes: each makes the words of one half for both, and gets two
+// exponentials, the lane with the even index the first two.
+__device__ __forceinline__ float2 exponentials_of_pair(const NoiseKey& key, uint32_t quad) {
+  const bool odd = threadIdx.x % 2 != 0;
+  const uint4 words = philox_block(key, quad, odd ? Half::kLow : Half::kHigh);
+  const uint32_t first = __shfl_xor_sync(0xffffffffu, odd ? words.x : words.z, 1);
+  const uint32_t second = __shfl_xor_sync(0xffffffffu, odd ? words.y : words.w, 1);
+  const auto of = [](uint32_t high, uint32_t low) {
+    return exponential_of(refine(__uint2float_rn(high) * 0x1p-32f, low));
+  };
+  if (odd) return {of(first, words.z), of(second, words.w)};
+  return {of(words.x, first), of(words.y, second)};
+}
+
 // That of one lane, bit for bit.
 __device__ __forceinline__ float exponential(const NoiseKey& key, uint32_t lane) {
   const PhiloxWords both = philox_both(key, lane / 4);

@@ -38,7 +38,8 @@ def chosen_cases(device: str) -> Iterator[tuple[int, Case]]:
     from fastspec.sampling import SamplingParams
     from fastspec.verification import Rule
 
-    chain, long_chain, tree = DraftTree.chain(5), DraftTree.chain(15), DraftTree.kary((4, 2, 2, 2))
+    chain, long_chain = DraftTree.chain(5), DraftTree.chain(15)
+    small, tree = DraftTree.kary((3, 2, 1)), DraftTree.kary((4, 2, 2, 2))
     plain, greedy = SamplingParams(), SamplingParams(temperature=0.0)
     cut, nucleus = SamplingParams(top_k=20, top_p=0.9), SamplingParams(top_p=0.9, min_p=0.01)
     penalised, flat = SamplingParams(repetition_penalty=1.3), SamplingParams(temperature=50.0, top_p=0.95)
@@ -50,6 +51,8 @@ def chosen_cases(device: str) -> Iterator[tuple[int, Case]]:
         (20, long_chain, Rule.BLOCK, torch.float16, 4097, (plain, cut, greedy)),
         (12, chain, Rule.BLOCK, torch.float32, 33281, (cut,)),
         (13, chain, Rule.TOKEN_LEVEL, torch.float32, 4097, (flat, cut)),
+        (19, small, Rule.RECURSIVE_REJECTION, torch.float32, 4097, (plain, plain)),
+        (12, small, Rule.RECURSIVE_REJECTION, torch.bfloat16, 33281, (plain, plain)),
         (4, tree, Rule.RECURSIVE_REJECTION, torch.float32, 4097, (plain, nucleus, greedy)),
         (1, tree, Rule.RECURSIVE_REJECTION, torch.bfloat16, 33281, (plain,)),
         (27, tree, Rule.TARGET_ONLY, torch.float32, 4097, (plain, cut)),
@@ -189,6 +192,8 @@ def main() -> int:
         ]
         # Every tensor gets an allocation of its own, so that a step beyond it is seen.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        if tool == "racecheck":  # it takes the shared memory of launches that overlap for one
+            environment["CUDA_LAUNCH_BLOCKING"] = "1"
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         lines = [
             line for line in (result.stdout + result.stderr).splitlines() if line.startswith("=========")

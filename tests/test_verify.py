@@ -119,6 +119,31 @@ def test_where_nothing_is_left_of_a_residual_the_law_itself_is_drawn_from(backen
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", KERNELS)
+def test_where_nothing_is_left_after_several_siblings(backend):
+    """The same over a tree: siblings that neither law would draw, one of them drafted twice."""
+    tree, vocab_size, batch = DraftTree.kary((3, 2)), 4097, 3
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(batch, tree.num_nodes, vocab_size, generator=generator) * 3
+    tokens = torch.zeros(batch, tree.num_nodes, dtype=torch.int64)
+    sampling = SamplingTensors(batch, vocab_size, "cuda")
+    impossible = torch.tensor([7, 600, 4096])
+    logits[..., impossible] = float("-inf")
+    tokens[:, 1:] = impossible.repeat(3)
+    tokens[1, 2] = 7
+    tokens[2, 1] = logits[2, 0].argmax()  # is accepted, and its children are not
+    for row in range(batch):
+        sampling.set(row, SamplingParams(), 60 + row)
+    q = logits[:, list(tree.inner)].contiguous()
+    arguments = (logits.cuda(), tokens.cuda(), tree, sampling, torch.full((batch,), 9).cuda())
+    expected, got = (
+        verify(*arguments, Rule.RECURSIVE_REJECTION, q.cuda(), backend=one) for one in ("reference", backend)
+    )
+    assert expected.num_accepted.tolist() == [0, 0, 1]
+    assert_same(expected, got, "siblings")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
 def test_large_batches_and_trees(backend):
     compare(range(4000, 4010), backend, "cuda", vocabularies=VOCABULARIES[4:], max_nodes=30, max_batch=64)
     for tree in (
