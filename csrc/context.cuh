@@ -76,13 +76,21 @@ struct Context {
   __device__ __forceinline__ Message* about_part(int kind, int request, int slice) const {
     return shared.mail[half()].parts + ((kind * kNumRequests + request) * params.slicing.num_slices + slice);
   }
+  // Of the rows of the span.
+  __device__ __forceinline__ Message* about_sum(int row, int phase, int slice) const {
+    const int slices = params.slicing.num_slices;
+    Message* const sums =
+        header() + 1 + 2 * (kKinds * params.mail_rows * slices + 2 * params.mail_rows + 2 * kNumRequests * slices);
+    return sums + (row * kPhases + phase) * slices + slice;
+  }
   // Whether the draw after the last node is made with this read.
   __device__ __forceinline__ bool draws_last() const {
     return params.draws_last && shared.walk.reads == 0 && !shared.law.greedy && !shared.law.cuts;
   }
   // The number of the exchange that is under way, and which half it uses.
-  __device__ __forceinline__ uint64_t number() const {
-    return (shared.epoch + 1) << kNumberBits | static_cast<uint32_t>(shared.walk.reads + shared.walk.passes);
+  __device__ __forceinline__ uint64_t number() const { return number(shared.walk.reads + shared.walk.passes); }
+  __device__ __forceinline__ uint64_t number(int exchange) const {
+    return (shared.epoch + 1) << kNumberBits | static_cast<uint32_t>(exchange);
   }
   __device__ __forceinline__ int half() const {
     return (shared.walk.need == Need::kRead ? shared.walk.reads : shared.walk.passes) & 1;

@@ -34,31 +34,36 @@ inline bool is_small_tree(const VerifyParams& params) {
          7 * params.mail_rows >= kParts * params.slicing.tiles_per_slice;
 }
 
+// Whether a sequence is one for this way: its laws are neither cut nor changed by penalties.
+__device__ __forceinline__ bool is_plain(const Shared& shared) {
+  const Law& law = shared.law;
+  return !law.greedy && !law.cuts && shared.penalties.repetition == 1.0f && shared.penalties.shortest == 0;
+}
+
 template <LogitType kType>
 class SmallTree {
  public:
+  // Parameters are read once: after every message the compiler would read them from shared memory again.
   __device__ __forceinline__ SmallTree(const Context<kType>& context, TreeShared& own)
-      : context_(context), params_(context.params), shared_(context.shared), own_(own), inner_(warp_index()) {
-    exists_ = inner_ < params_.num_inner;
-    node_ = exists_ ? params_.inner_nodes[inner_] : 0;
-  }
+      : context_(context),
+        params_(context.params),
+        shared_(context.shared),
+        own_(own),
+        num_slices_(params_.slicing.num_slices),
+        num_tiles_(params_.slicing.num_tiles),
+        tiles_per_slice_(params_.slicing.tiles_per_slice),
+        num_local_(context.num_local()),
+        mail_(context.header() + 1),
+        mail_rows_(params_.mail_rows),
+        inner_(warp_index()),
+        exists_(inner_ < params_.num_inner),
+        node_(exists_ ? params_.inner_nodes[inner_] : 0),
+        target_(context.target_row(node_)),
+        draft_(context.draft_row(exists_ ? inner_ : 0)) {}
 
-  // Asks for the warp's first tiles.
-  __device__ __forceinline__ void ask(float4 (&x)[kVectors]) const {
-    if (!exists_) return;
-    const int tile = context_.slice(0) * params_.slicing.tiles_per_slice;
-    load_tile(context_.target_row(node_), tile, x);
-  }
-
-  // Whether the sequence, which has been loaded, is one for this way.
-  __device__ __forceinline__ bool is_plain() const {
-    const Law& law = shared_.law;
-    return !law.greedy && !law.cuts && shared_.penalties.repetition == 1.0f && shared_.penalties.shortest == 0;
-  }
-
-  // By all blocks of the group, with the tiles that have been asked for.
-  __device__ __forceinline__ void verify(float4 (&x)[kVectors]) {
-    if (exists_) send_statistics(x);
+  // By all blocks of the group.
+  __device__ __forceinline__ void verify() {
+    if (exists_) send_statistics();
     context_.note(Mark::kRead);
     if (exists_) {
       prepare();
@@ -100,7 +105,7 @@ class SmallTree {
 
   // In the mailbox, rows come in the pairs of their nodes; sums take turns with two kinds, draws have the rest.
   __device__ __forceinline__ Message* about_slice(int kind, int row, int slice) const {
-    return context_.header() + 1 + ((kind * params_.mail_rows + row) * params_.slicing.num_slices + slice);
+    return mail_ + ((kind * mail_rows_ + row) * num_slices_ + slice);
   }
   __device__ __forceinline__ Message* about_sum(int slice) const {
     return about_slice(1 + (round_ & 1), inner_, slice);
@@ -111,31 +116,29 @@ class SmallTree {
   }
   __device__ __forceinline__ uint64_t number_with(int token) const { return number(1 << kPayloadBits | token); }
 
-  __device__ __forceinline__ int first_tile(int local) const {
-    return context_.slice(local) * params_.slicing.tiles_per_slice;
-  }
+  __device__ __forceinline__ int first_tile(int local) const { return context_.slice(local) * tiles_per_slice_; }
   __device__ __forceinline__ int end_tile(int local) const {
-    return min(first_tile(local) + params_.slicing.tiles_per_slice, params_.slicing.num_tiles);
+    return min(first_tile(local) + tiles_per_slice_, num_tiles_);
   }
 
-  // The first tiles are in x and y; the next ones are under way while one is looked at.
-  __device__ __forceinline__ void send_statistics(float4 (&x)[kVectors]) const {
-    float4 y[kVectors];
-    load_tile(context_.draft_row(inner_), first_tile(0), y);
-    const int num_local = context_.num_local();
+  // The next tiles are under way while one is looked at.
+  __device__ __forceinline__ void send_statistics() const {
+    float4 x[kVectors], y[kVectors];
+    load_tile(target_, first_tile(0), x);
+    load_tile(draft_, first_tile(0), y);
     const float scale = shared_.law.scale;
 #pragma unroll 1
-    for (int local = 0; local < num_local; ++local) {
+    for (int local = 0; local < num_local_; ++local) {
       const int first = first_tile(local), end = end_tile(local);
       TileStats target, draft;
 #pragma unroll 1
       for (int tile = first; tile < end; ++tile) {
         const int next = tile + 1 < end ? tile + 1 : first_tile(local + 1);
-        const bool left = tile + 1 < end || local + 1 < num_local;
+        const bool left = tile + 1 < end || local + 1 < num_local_;
         const TileStats p = tile_statistics(x, scale);
-        if (left) load_tile(context_.target_row(node_), next, x);
+        if (left) load_tile(target_, next, x);
         const TileStats q = tile_statistics(y, kLog2e);
-        if (left) load_tile(context_.draft_row(inner_), next, y);
+        if (left) load_tile(draft_, next, y);
         target = tile == first ? p : join(target, p, scale, false);
         draft = tile == first ? q : join(draft, q, kLog2e, false);
       }
@@ -155,11 +158,11 @@ class SmallTree {
     const int child = first_child_ + min(lane, place.num_children - 1);
     token_ = shared_.penalties.tokens[child];
     const bool drafted = lane < place.num_children && token_ >= 0 && token_ < params_.vocab_size;
-    const float target_logit = drafted ? context_.target_row(node_)[token_] : 0.0f;
-    const float draft_logit = drafted ? context_.draft_row(inner_)[token_] : 0.0f;
+    const float target_logit = drafted ? target_[token_] : 0.0f;
+    const float draft_logit = drafted ? draft_[token_] : 0.0f;
     uniform_ = accept_uniform(context_.key(Stream::kAccept, child));
     RowStats target, draft;
-    if (params_.slicing.num_slices > 64) {
+    if (num_slices_ > 64) {
       receive_statistics<4>(target, draft);
     } else {
       receive_statistics<2>(target, draft);
@@ -175,7 +178,7 @@ class SmallTree {
   __device__ __forceinline__ void receive_statistics(RowStats& target, RowStats& draft) const {
     const Message* const from[2] = {about_slice(0, 2 * inner_, lane_index()),
                                     about_slice(0, 2 * inner_ + 1, lane_index())};
-    const auto inside = [&](int i) { return lane_index() + 32 * (i % kCount) < params_.slicing.num_slices; };
+    const auto inside = [&](int i) { return lane_index() + 32 * (i % kCount) < num_slices_; };
     uint64_t contents[2 * kCount];
     receive(contents, number(0), inside, [&](int i) { return from[i / kCount] + 32 * (i % kCount); });
     TileStats slices[2][kCount];
@@ -221,16 +224,15 @@ class SmallTree {
   // The mass that is left of p, and of q, in this block's slices.
   __device__ __forceinline__ void send_sum() const {
     const RowStats target = shared_.stats[node_], draft = shared_.stats[params_.num_nodes + inner_];
-    const int num_local = context_.num_local();
     const float scale = shared_.law.scale;
 #pragma unroll 1
-    for (int local = 0; local < num_local; ++local) {
+    for (int local = 0; local < num_local_; ++local) {
       float sum = 0, left = 0;
 #pragma unroll 1
       for (int tile = first_tile(local); tile < end_tile(local); ++tile) {
         float4 x[kVectors], y[kVectors];
-        load_tile(context_.target_row(node_), tile, x);
-        load_tile(context_.draft_row(inner_), tile, y);
+        load_tile(target_, tile, x);
+        load_tile(draft_, tile, y);
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
           const int first = lane_token(tile, j);
@@ -267,7 +269,7 @@ class SmallTree {
 
   // What all blocks have found so.
   __device__ __forceinline__ void receive_sum() {
-    const float2 found = params_.slicing.num_slices > 64 ? received_sum<4>() : received_sum<2>();
+    const float2 found = num_slices_ > 64 ? received_sum<4>() : received_sum<2>();
     ++round_;
     // What is left of q is summed anew: 1 - q has no digits where a draft was sure of what it drew first.
     left_ = found.y;
@@ -280,7 +282,7 @@ class SmallTree {
   }
   template <int kCount>
   __device__ __forceinline__ float2 received_sum() const {
-    const auto inside = [&](int i) { return lane_index() + 32 * i < params_.slicing.num_slices; };
+    const auto inside = [&](int i) { return lane_index() + 32 * i < num_slices_; };
     const Message* const from = about_sum(lane_index());
     uint64_t contents[kCount];
     receive(contents, number(1 + round_), inside, [&](int i) { return from + 32 * i; });
@@ -323,10 +325,9 @@ class SmallTree {
     const TreeNode& tree = shared_.tree[place.node];
     Draw draw = {place.node, true, 0.0f, tree.first_child, tree.num_children};
     if (place.next == kRejected) draw.c = own_.c[tree.inner_row], draw.bare = !(draw.c > 0);
-    const int num_local = context_.num_local();
     int turn = 0;
 #pragma unroll 1
-    for (int local = 0; local < num_local; ++local) {
+    for (int local = 0; local < num_local_; ++local) {
 #pragma unroll 1
       for (int tile = first_tile(local); tile < end_tile(local); ++tile, ++turn) {
         if ((turn & 1) != warp_index() / kParts) continue;
@@ -340,7 +341,7 @@ class SmallTree {
       }
     }
     if (context_.rank() != 0) return;
-    const int total = params_.slicing.num_tiles * kParts;
+    const int total = num_tiles_ * kParts;
     Partial whole = total <= kThreads ? receive_draw<1>(draw.bare, total) : receive_draw<4>(draw.bare, total);
     whole = of_block(whole, draw.bare);
     if (warp_index() == 0) {
@@ -506,9 +507,17 @@ class SmallTree {
   const VerifyParams& params_;
   Shared& shared_;
   TreeShared& own_;
+  const int num_slices_, num_tiles_, tiles_per_slice_, num_local_;
+  Message* const mail_;
+  const int mail_rows_;
+  // The warp's node, if there is one, and its rows.
   const int inner_;
-  bool exists_, valid_;
-  int node_, first_child_;
+  const bool exists_;
+  const int node_;
+  const Row<kType> target_;
+  const DraftRow draft_;
+  bool valid_;
+  int first_child_;
   // The lane's child.
   int token_;
   float p_, q_, uniform_, scale_ = 0;

@@ -257,7 +257,8 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
       found.left = warp_max(fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)));
       stats.maximum = found.left > -kInfinity ? found.left : 0.0f;
     }
-    const auto weight = [&](float logit) { return stats.weight(scale, logit) * p_scale; };
+    // Rounded alike in all copies of this function: a sum made ahead is that of a pass, bit for bit.
+    const auto weight = [&](float logit) { return __fmul_rn(stats.weight(scale, logit), p_scale); };
     float w[4] = {weight(x.x), weight(x.y), weight(x.z), weight(x.w)};
     if (subtract) {
       const float logits[4] = {y.x, y.y, y.z, y.w};
@@ -269,10 +270,10 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
       }
 #pragma unroll 1
       for (int k = 0; k < request.num_removed; ++k) {
-        const int place = shared.removed_token[k] - first;
+        const int place = shared.removed_token[request.first_removed + k] - first;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if (place == j) taken[j] = shared.removed_scale[k], kept[j] = 0;
+          if (place == j) taken[j] = shared.removed_scale[request.first_removed + k], kept[j] = 0;
         }
       }
 #pragma unroll
@@ -398,12 +399,69 @@ __device__ __forceinline__ void pass(const Context<kType>& context) {
 template <LogitType kType>
 __device__ __forceinline__ void send_last(const Context<kType>& context) {
   const int team = warp_index() / kPhases, phase = warp_index() % kPhases;
-  const Request request = {context.params.num_nodes - 1, 1.0f, 0.0f, 0, true, true, Stream::kEmit};
+  const Request request = {context.params.num_nodes - 1, 1.0f, 0.0f, 0, 0, true, true, Stream::kEmit};
 #pragma unroll 1
   for (Items items(kTeams - 1 - team, kTeams, context.num_local()); items.row == 0; items.advance()) {
     const int slice = context.slice(items.local);
     send_part(context, pass_over<true>(context, request, slice, phase), true, kLastRequest, slice);
   }
+}
+
+// While the first warp walks, the others sum the residuals that it will ask for first (first_rejected()).
+template <LogitType kType>
+__device__ __forceinline__ void send_sums(const Context<kType>& context, const Span& span, uint64_t number) {
+  Shared& shared = context.shared;
+  const int lane = lane_index(), place = kMaxNodes + warp_index();
+  const auto node_of = [&](int row) { return shared.tree[span.draft(row)].inner_node; };
+  uint32_t rows = __ballot_sync(kAllLanes, lane < span.num_drafts() && first_rejected(shared, node_of(lane)) >= 0);
+  int row = 0;
+  // Four warps share a row's slice; the second warp begins with the first part of the first row.
+#pragma unroll 1
+  for (int item = warp_index() - 1, next = 0; rows != 0; rows &= rows - 1, next += kPhases) {
+    if (item >= next + kPhases) continue;
+    row = __ffs(static_cast<int>(rows)) - 1;
+    const int node = node_of(row), phase = item - next;
+    if (lane == 0) {
+      shared.removed_token[place] = shared.tests[first_rejected(shared, node)].token;
+      shared.removed_scale[place] = 1.0f;
+    }
+    __syncwarp();
+    const Request request = {node, 1.0f, 1.0f, place, 1, false, false, Stream::kEmit};
+    const Partial part = pass_over<false>(context, request, context.slice(0), phase);
+    if (lane == 0) {
+      send(context.about_sum(row, phase, context.slice(0)), content_of(part.sum, part.left), number);
+    }
+    __syncwarp();  // before the token of the next one comes
+    item += kWarps - 1;
+  }
+}
+
+// Such a sum, by the walking warp: to found[0], added up as receive_part() does.
+template <LogitType kType>
+__device__ __forceinline__ void receive_sum(const Context<kType>& context, int node, int exchange) {
+  constexpr int kAtOnce = 2;  // slices of a lane
+  Shared& shared = context.shared;
+  const int num_slices = context.params.slicing.num_slices;
+  const int row = shared.span.row_of_draft(shared.tree[node].inner_row);
+  float sum = 0, left = 0;
+#pragma unroll 1
+  for (int first = lane_index(); first - lane_index() < num_slices; first += 32 * kAtOnce) {
+    uint64_t contents[kAtOnce * kPhases];
+    const auto slice = [&](int i) { return first + 32 * (i / kPhases); };
+    receive(
+        contents, context.number(exchange), [&](int i) { return slice(i) < num_slices; },
+        [&](int i) { return context.about_sum(row, i % kPhases, min(slice(i), num_slices - 1)); });
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (slice(i * kPhases) >= num_slices) continue;
+      const uint64_t* const parts = contents + i * kPhases;
+      sum += (first_of(parts[0]) + first_of(parts[1])) + (first_of(parts[2]) + first_of(parts[3]));
+      left += (second_of(parts[0]) + second_of(parts[1])) + (second_of(parts[2]) + second_of(parts[3]));
+    }
+  }
+  sum = warp_sum(sum), left = warp_sum(left);
+  if (lane_index() == 0) shared.found[0].sum = sum, shared.found[0].left = left;
+  __syncwarp();
 }
 
 // What is read of a span: no row where tokens are drawn from the target's laws as they are.
@@ -546,9 +604,16 @@ template <LogitType kType>
 __device__ __forceinline__ void verify_tree(const Context<kType>& context) {
   Shared& shared = context.shared;
   do {
+    // What is read, as the first warp may go on to the next.
+    const bool sums = shared.walk.need == Need::kRead && sums_ahead(context.params, shared);
+    const Span span = shared.span;
+    const uint64_t number = context.number();
     shared.walk.need == Need::kRead ? read(context) : pass(context);
-    if (warp_index() == 0) {
-      const Need need = Walk(context.params, shared).resume();
+    if (warp_index() != 0) {
+      if (sums) send_sums(context, span, number);
+    } else {
+      const Need need =
+          Walk(context.params, shared).resume([&](int node, int exchange) { receive_sum(context, node, exchange); });
       if (context.rank() == 0 && need == Need::kNothing) {
         context.note(Mark::kWalk);
         write(context.params, shared, context.sequence());
@@ -573,20 +638,41 @@ static __device__ __noinline__ void verify_as_tree(const VerifyParams& params, S
   verify_tree(context);
 }
 
+// A copy of the parameters in shared memory, by all threads, for functions that are called: these would read them
+// through the L2 cache.
+struct alignas(VerifyParams) ParamsCopy {
+  static constexpr int kWords = sizeof(VerifyParams) / sizeof(uint32_t);
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ void take(const VerifyParams& params) {
+    if (threadIdx.x < kWords) words[threadIdx.x] = reinterpret_cast<const uint32_t*>(&params)[threadIdx.x];
+  }
+  __device__ __forceinline__ const VerifyParams& get() const { return reinterpret_cast<const VerifyParams&>(words); }
+};
+
+// The way of small trees as a call: inlined, it would take registers from the other.
+template <LogitType kType>
+static __device__ __noinline__ void verify_small_tree(const VerifyParams& params, Shared& shared, TreeShared& own) {
+  __builtin_assume(__isShared(&params));
+  __builtin_assume(__isShared(&shared));
+  __builtin_assume(__isShared(&own));
+  const Context<kType> context(params, shared);
+  SmallTree<kType>(context, own).verify();
+}
+
 template <LogitType kType>
 __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_constant__ VerifyParams params) {
   __shared__ Shared shared;
-  const Context<kType> context(params, shared);
   __shared__ TreeShared tree_shared;
-  SmallTree<kType> small(context, tree_shared);
+  __shared__ ParamsCopy copy;
+  const Context<kType> context(params, shared);
+  if (params.is_small) copy.take(params);
   wait_for_inputs();
   context.note(Mark::kStart);
-  float4 x[kVectors];
-  if (params.is_small) small.ask(x);
   load_sequence(context, 0);
   __syncthreads();
-  if (params.is_small && small.is_plain()) {
-    small.verify(x);
+  if (params.is_small && is_plain(shared)) {
+    verify_small_tree<kType>(copy.get(), shared, tree_shared);
   } else {
     verify_tree(context);
   }
@@ -599,11 +685,10 @@ __global__ void __launch_bounds__(kThreads, 1) verify_chain_kernel(const __grid_
   const Context<kType> context(params, shared);
   const int exchanges = Chain<kType>(context, chain_shared).verify();
   if (exchanges == kDecided) return;
-  constexpr int kWords = sizeof(VerifyParams) / sizeof(uint32_t);
-  __shared__ alignas(VerifyParams) uint32_t copy[kWords];
-  if (threadIdx.x < kWords) copy[threadIdx.x] = reinterpret_cast<const uint32_t*>(&params)[threadIdx.x];
+  __shared__ ParamsCopy copy;
+  copy.take(params);
   __syncthreads();
-  verify_as_tree<kType>(reinterpret_cast<const VerifyParams&>(copy), shared, exchanges);
+  verify_as_tree<kType>(copy.get(), shared, exchanges);
 }
 
 }  // namespace
@@ -617,7 +702,8 @@ Slicing::Slicing(int vocab_size) {
 int64_t verify_mail_size(int num_rows, int vocab_size) {
   const int slices = Slicing(vocab_size).num_slices;
   // After the last message may be read, though not used, what would be of slices that do not exist.
-  return 1 + kMaxSlices + 2 * (kKinds * num_rows * slices + 2 * num_rows + 2 * kNumRequests * slices);
+  return 1 + kMaxSlices + 2 * (kKinds * num_rows * slices + 2 * num_rows + 2 * kNumRequests * slices) +
+         num_rows * kPhases * slices;
 }
 
 int verify_group_size(int batch_size, int vocab_size) {

@@ -34,7 +34,7 @@ struct alignas(16) Partial {
 struct Request {
   int node;
   float a, c;
-  int num_removed;  // tokens removed before, in `removed_token`, keep the c they had
+  int first_removed, num_removed;  // tokens removed before, in `removed_token`, keep the c they had
   bool race;
   bool bare;  // the row's statistics are not known: a draw from the law as it is
   Stream stream;
@@ -45,14 +45,15 @@ struct Decision {
   int stop, next;
 };
 
-// What the walk needs before it can go on: rows, or the passes of `requests`.
-enum class Need { kRead, kPass, kNothing };
+// What the walk needs before it can go on: rows, the passes of `requests`, or a sum that has been sent with the rows.
+enum class Need { kRead, kPass, kSum, kNothing };
 enum class Phase { kArrive, kTest, kRest, kDraw, kLastDraw };
 
 // Where the walk over the tree stands.
 struct WalkState {
   Need need;
   int reads, passes;  // that have been asked for before this one
+  int last_read;  // the exchange of the rows that are in `span`
   Decision decision;
   Phase phase;
   int node;  // where the path has come to, and what to read
@@ -99,6 +100,9 @@ struct Span {
   __device__ __forceinline__ int num_drafts() const { return inner_row < 0 ? 0 : 1 + num_inner; }
   __device__ __forceinline__ int target(int row) const { return row == 0 ? node : first_child + row - 1; }
   __device__ __forceinline__ int draft(int row) const { return row == 0 ? inner_row : first_inner + row - 1; }
+  __device__ __forceinline__ int row_of_draft(int inner) const {
+    return inner == inner_row ? 0 : inner - first_inner + 1;
+  }
   __device__ __forceinline__ bool holds(int other) const {
     return other == node || (other >= first_child && other < first_child + num_ahead);
   }
@@ -133,8 +137,9 @@ struct Shared {
   Known known[kMaxNodes];
   int next[kMaxNodes];  // greedy: the child that the argmax leads to; kMaxNodes if none
   int drawn[kMaxNodes];  // rules that follow one token per row: that token, -1 if the row is no law, or kNotDrawn
-  int removed_token[kMaxNodes];  // rejected siblings at the current node,
-  float removed_scale[kMaxNodes];  // and how much of q was taken off them
+  // Rejected siblings at the current node, and after kMaxNodes one for each warp that sums ahead;
+  int removed_token[kMaxNodes + kWarps];
+  float removed_scale[kMaxNodes + kWarps];  // and how much of q was taken off them
   int passing_node[kMaxNodes];  // block verification: nodes whose test may succeed,
   float passing_r[kMaxNodes];  // and their r
   int num_requests;
@@ -155,6 +160,25 @@ __device__ __forceinline__ bool weighs_draft(const VerifyParams& params, const S
   return params.draft_logits != nullptr && !shared.law.greedy;
 }
 
+// Whether blocks sum residuals before the walk asks for them: those which the first rejected sibling of each node
+// leaves, by the warps that do not walk. Blocks with several slices have enough to do, and chains have no siblings.
+__device__ __forceinline__ bool sums_ahead(const VerifyParams& params, const Shared& shared) {
+  return weighs_draft(params, shared) && params.max_local == 1 && params.max_depth < params.num_nodes - 1;
+}
+
+// The child whose rejection the next test at a node needs such a sum for; -1 if there is none.
+__device__ __forceinline__ int first_rejected(const Shared& shared, int node) {
+  if (shared.known[node] != Known::kYes) return -1;
+  int child = shared.tree[node].first_child, last = child + shared.tree[node].num_children - 1;
+#pragma unroll 1
+  while (child <= last && shared.tests[child].token < 0) ++child;
+#pragma unroll 1
+  while (child < last && shared.tests[last].token < 0) --last;
+  if (child >= last) return -1;
+  const Test test = shared.tests[child];
+  return test.p > 0 && test.uniform * test.q <= test.p ? -1 : child;
+}
+
 // The walk over the tree, by the first warp of a block. It stops wherever it needs the whole group, and is called again
 // with what the group found; `phase` says where it stopped. Where it stands is every lane's own, in registers; the
 // first lane's is handed on.
@@ -172,11 +196,18 @@ class Walk {
     shared.span = Span(params);
   }
 
-  // Returns what the walk needs next.
-  __device__ __forceinline__ Need resume() {
+  // Returns what the walk needs next; `receive(node, exchange)` brings a sum that is on its way to found[0].
+  template <typename Receive>
+  __device__ __forceinline__ Need resume(Receive receive) {
+    if (at_.need == Need::kRead) at_.last_read = at_.reads + at_.passes;
     ++(at_.need == Need::kRead ? at_.reads : at_.passes);
     __syncwarp();  // before the first lane changes it
     step();
+#pragma unroll 1
+    while (__shfl_sync(kAllLanes, static_cast<int>(at_.need), 0) == static_cast<int>(Need::kSum)) {
+      receive(__shfl_sync(kAllLanes, at_.node, 0), __shfl_sync(kAllLanes, at_.last_read, 0));
+      step();
+    }
     if (lane_index() == 0) shared_.walk = at_;
     __syncwarp();
     return shared_.walk.need;
@@ -216,7 +247,7 @@ class Walk {
       if (shared_.known[node] == Known::kNo) return read(node);
       if (shared_.known[node] == Known::kInvalid) return finish(node, -1);
     }
-    pass(Phase::kLastDraw, {node, 1.0f, 0.0f, 0, true, bare(), Stream::kEmit});
+    pass(Phase::kLastDraw, {node, 1.0f, 0.0f, 0, 0, true, bare(), Stream::kEmit});
   }
 
   // After emit(), or with the winner of another race.
@@ -260,7 +291,7 @@ class Walk {
     at_.need = Need::kPass, at_.phase = Phase::kDraw, at_.node = node;
     const Stream stream = params_.rule == Rule::kDrafterInvariant ? Stream::kCoupled : Stream::kTarget;
     int count = 0;
-    const auto push = [&](int one) { shared_.requests[count++] = {one, 1.0f, 0.0f, 0, true, bare(), stream}; };
+    const auto push = [&](int one) { shared_.requests[count++] = {one, 1.0f, 0.0f, 0, 0, true, bare(), stream}; };
     push(node);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
@@ -354,6 +385,7 @@ class Walk {
                                  root ? 1.0f : shared_.passing_r[place],
                                  1.0f,
                                  0,
+                                 0,
                                  true,
                                  false,
                                  Stream::kEmit};
@@ -399,7 +431,7 @@ class Walk {
     if (at_.phase == Phase::kDraw) {
       if (found.sum > kRounding) return finish(node, found.best.token);
       restore(at_.previous);
-      return pass(Phase::kLastDraw, {node, 1.0f, at_.previous, at_.num_removed, true, false, Stream::kEmit});
+      return pass(Phase::kLastDraw, {node, 1.0f, at_.previous, 0, at_.num_removed, true, false, Stream::kEmit});
     }
     if (at_.phase == Phase::kRest) {
       // What is left of q is summed anew: 1 - q has no digits where a draft was sure of what it drew first.
@@ -433,13 +465,17 @@ class Walk {
         if (accepts(test)) break;
         if (at_.child < last && at_.c != at_.previous) {  // only a later test needs the masses
           at_.node = node;
-          return pass(Phase::kRest, {node, 1.0f, at_.c, at_.num_removed, false, false, Stream::kEmit});
+          if (sums_ahead(params_, shared_) && at_.num_removed == 1 && shared_.span.holds(node)) {
+            at_.need = Need::kSum, at_.phase = Phase::kRest;
+            return;
+          }
+          return pass(Phase::kRest, {node, 1.0f, at_.c, 0, at_.num_removed, false, false, Stream::kEmit});
         }
       }
       if (at_.child > last) {
         at_.node = node;
         if (!(at_.c > 0)) return emit(node);
-        return pass(Phase::kDraw, {node, 1.0f, at_.c, at_.num_removed, true, false, Stream::kEmit});
+        return pass(Phase::kDraw, {node, 1.0f, at_.c, 0, at_.num_removed, true, false, Stream::kEmit});
       }
       node = at_.child;
       at_.phase = Phase::kArrive;

@@ -192,8 +192,6 @@ def main() -> int:
         ]
         # Every tensor gets an allocation of its own, so that a step beyond it is seen.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        if tool == "racecheck":  # it takes the shared memory of launches that overlap for one
-            environment["CUDA_LAUNCH_BLOCKING"] = "1"
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         lines = [
             line for line in (result.stdout + result.stderr).splitlines() if line.startswith("=========")

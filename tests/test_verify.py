@@ -119,6 +119,22 @@ def test_where_nothing_is_left_of_a_residual_the_law_itself_is_drawn_from(backen
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("branching", [(3, 2, 1), (8,), (2, 2, 2), (3, 4, 4)], ids=str)
+def test_siblings_are_rejected_one_after_the_other(backend, branching):
+    """Trees that a launch reads at once, with laws that cut nothing."""
+    compare(
+        range(6000, 6040),
+        backend,
+        "cuda",
+        tree=DraftTree.kary(branching),
+        rule=Rule.RECURSIVE_REJECTION,
+        params=(SamplingParams(), SamplingParams(temperature=0.7), SamplingParams(temperature=2.0)),
+        vocabularies=(33, 513, 4097, 33281),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
 def test_where_nothing_is_left_after_several_siblings(backend):
     """The same over a tree: siblings that neither law would draw, one of them drafted twice."""
     tree, vocab_size, batch = DraftTree.kary((3, 2)), 4097, 3
