@@ -114,6 +114,9 @@ def torch_block_chain(logits, draft_logits, tokens, temperature):
     return stop, (law / noise).argmax()
 
 
+TORCH_CHAINS = {"torch": torch_chain, "torch_block": torch_block_chain}
+
+
 def make_verifier(each: Inputs, backend: str) -> Verifier:
     return Verifier(each.tree, each.logits.shape[0], each.logits.shape[2], each.rule, "cuda", backend)
 
@@ -164,9 +167,9 @@ def measure(setup: Setup) -> list[dict]:
                 name = f"verify/{tree_name}/V{vocab_size}/{params_name}"
                 launches = dict.fromkeys(calls, LAUNCHES) | {"cuda": CUDA_LAUNCHES}
                 timings = interleaved(calls, launches, samples)
-                for eager in ("torch", "torch_block"):
-                    if f"{eager}_graph" in calls:
-                        timings[f"{eager}_eager"] = time_eager(calls[f"{eager}_graph"])
+                for baseline in TORCH_CHAINS:
+                    if f"{baseline}_graph" in calls:
+                        timings[f"{baseline}_eager"] = time_eager(calls[f"{baseline}_graph"])
                 floor = launch + read / setup.read_bandwidth * 1e6
                 others = {other: timing for other, timing in timings.items() if other not in backends}
                 rows += [
@@ -184,7 +187,7 @@ def measure(setup: Setup) -> list[dict]:
 def _chain_baselines(each: Inputs) -> dict[str, Callable[[], object]]:
     arguments = (each.logits, each.draft_logits, each.tokens, 1.0)
     calls: dict[str, Callable[[], object]] = {}
-    for name, function in (("torch", torch_chain), ("torch_block", torch_block_chain)):
+    for name, function in TORCH_CHAINS.items():
         compiled = torch.compile(function, dynamic=False)
         compiled(*arguments)
         calls[f"{name}_graph"] = partial(function, *arguments)

@@ -14,8 +14,8 @@ from fastspec.tree import ROWS_AT_ONCE, DraftTree
 from fastspec.verification import Rule, matching, recursive_rejection, traversal, walk_down, walk_up
 
 MAX_VOCAB_SIZE = 262_144
-#: Of trees that the CUDA kernel reads at once, a warp for each inner node and a lane for each of its children.
-MAX_INNER, MAX_CHILDREN = 16, 32
+#: Of a node of a tree that the CUDA kernel reads at once (csrc/tree.cuh): a lane for each.
+MAX_CHILDREN = 32
 #: Numbers of the rules and element types in csrc/params.h.
 RULE_NUMBERS = {
     Rule.TOKEN_LEVEL: 0,
@@ -108,8 +108,8 @@ class Verifier:
             self._group_size = extension().verify_group_size(batch_size, vocab_size)
         self._rows_at_once = min(ROWS_AT_ONCE, tree.num_nodes + len(tree.inner))
         self._root_ahead = tree.ahead(0)
-        small = len(tree.inner) <= MAX_INNER and max(map(len, tree.children)) <= MAX_CHILDREN
-        self._inner_nodes = bytes(tree.inner) if small else b""
+        few_children = max(map(len, tree.children)) <= MAX_CHILDREN
+        self._inner_nodes = bytes(tree.inner) if few_children else b""
         messages = extension().verify_mail_size(self._rows_at_once, vocab_size)
         self._mail = empty(batch_size, messages, 2)
         #: Where the kernel notes the cycles at each mark (csrc/params.h); for measuring only.
