@@ -49,7 +49,7 @@ struct ChainShared {
   float uniform[kMaxChain];  // of each node's test
   RowStats stats[2 * kMaxChain];  // target rows, then draft rows
   Mass parts[kMaxChain][kHalves];  // of each node's residual
-  Mass drawn[kWarps];  // of a draw from a law
+  Partial drawn[kWarps];  // of a draw from a law
   Best own[kMaxChain];  // rows that are cut: a draw from the law as it is
   int redraw;  // the node from whose law the first block draws; -1: it has decided
 };
@@ -408,16 +408,13 @@ class Chain {
     const auto weight = [&](float logit) { return exp2_fast((logit - reference) * sequence_.law.scale); };
     const float w[4] = {weight(y.x), weight(y.y), weight(y.z), weight(y.w)};
     const int first = lane_token(tile, phase);
-    Partial found = {(w[0] + w[1]) + (w[2] + w[3]), maximum, {-1.0f, params_.vocab_size}};
+    Partial found = {0, maximum, {-1.0f, params_.vocab_size}};
     // Maximum and weights pass over a NaN.
     if (!(y.x < kInfinity) | !(y.y < kInfinity) | !(y.z < kInfinity) | !(y.w < kInfinity)) found.sum = NAN;
     race(w, first, noise_of(node, first), found.best);
-    found.sum = warp_sum(found.sum);
-    found.best = warp_best(found.best);
-    return found;
+    return draw_of_warp(found, true);
   }
 
-  // Of the mass of a draw no more is told than whether there is one.
   __device__ __forceinline__ void send_draw(const Tiles& at, int phase, const Partial& drawn) const {
     const bool law = drawn.sum < kInfinity;
     if (lane_index() == 0) {
@@ -446,7 +443,7 @@ class Chain {
   __device__ __forceinline__ void receive_draw(int phase) const {
     Message messages[kCount];
     receive_slices(messages, about_part(num_nodes_ - 1, phase, lane_index()));
-    Partial drawn = {0, -kInfinity, {-1.0f, params_.vocab_size}};
+    Partial drawn = no_part(true, params_.vocab_size);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if (!is_slice<kCount>(i)) continue;
@@ -460,26 +457,16 @@ class Chain {
   }
 
   // What the lanes of a warp have found together.
-  __device__ __forceinline__ void keep_draw(int place, Partial drawn) const {
-    const Mass joined = join_lanes(drawn);
+  __device__ __forceinline__ void keep_draw(int place, const Partial& drawn) const {
+    const Partial joined = draw_of_lanes(drawn, true, sequence_.law.scale);
     if (lane_index() == 0) shared_.drawn[place] = joined;
-  }
-  // The best of all lanes, and what its score is relative to; NaN if there is no law.
-  __device__ __forceinline__ Mass join_lanes(Partial drawn) const {
-    const float maximum = warp_max(drawn.left);
-    drawn.best.score *= drawn.left > -kInfinity ? exp2_fast((drawn.left - maximum) * sequence_.law.scale) : 0.0f;
-    const bool law = __all_sync(kAllLanes, drawn.sum < kInfinity);
-    return {law ? maximum : NAN, warp_best(drawn.best)};
   }
   // The winner of what several warps have kept; -1 if there is no law.
   __device__ __forceinline__ int join_draws(int count) const {
-    Partial drawn = {0, -kInfinity, {-1.0f, params_.vocab_size}};
-    if (lane_index() < count) {
-      const Mass kept = shared_.drawn[lane_index()];
-      drawn = {isnan(kept.sum) ? NAN : 0.0f, kept.sum, kept.best};
-    }
-    const Mass joined = join_lanes(drawn);
-    return joined.sum > -kInfinity ? joined.best.token : -1;
+    Partial drawn = no_part(true, params_.vocab_size);
+    if (lane_index() < count) drawn = shared_.drawn[lane_index()];
+    drawn = draw_of_lanes(drawn, true, sequence_.law.scale);
+    return is_law(drawn) ? drawn.best.token : -1;
   }
 
   // The residuals that are asked for, over this block's slices; a team of warps for each, from the highest node on.
@@ -571,7 +558,7 @@ class Chain {
 
   // By the first block alone.
   __device__ __forceinline__ void draw_alone(int node) const {
-    Partial drawn = {0, -kInfinity, {-1.0f, params_.vocab_size}};
+    Partial drawn = no_part(true, params_.vocab_size);
 #pragma unroll 1
     for (int tile = warp_index() / kPhases; tile < params_.slicing.num_tiles; tile += kTeams) {
       float4 x[kVectors];

@@ -10,7 +10,6 @@
 
 namespace fastspec {
 
-constexpr int kPhases = 4;            // warps that share a slice in a pass
 constexpr int kTeams = kWarps / kPhases;
 constexpr int kPhase = kTile / kPhases;  // tokens of a tile that each takes, four per lane
 constexpr int kKinds = kListed / 2 + 1;  // messages about a slice of a row that is cut; else it is one
@@ -65,7 +64,7 @@ struct Context {
     Message* const about_rows = all + 2 * kKinds * params.mail_rows * slices;
     Message* const about_parts = about_rows + 4 * params.mail_rows;
     shared.mail[half] = {all + half * kKinds * params.mail_rows * slices, about_rows + half * 2 * params.mail_rows,
-                         about_parts + half * 2 * kNumRequests * slices};
+                         about_parts + half * 2 * kNumRequests * kPhases * slices};
   }
   __device__ __forceinline__ Message* about_slice(int kind, int row, int slice) const {
     return shared.mail[half()].slices + ((kind * params.mail_rows + row) * params.slicing.num_slices + slice);
@@ -73,24 +72,17 @@ struct Context {
   __device__ __forceinline__ Message* about_row(int kind, int row) const {
     return shared.mail[half()].rows + (kind * params.mail_rows + row);
   }
-  __device__ __forceinline__ Message* about_part(int kind, int request, int slice) const {
-    return shared.mail[half()].parts + ((kind * kNumRequests + request) * params.slicing.num_slices + slice);
-  }
-  // Of the rows of the span.
-  __device__ __forceinline__ Message* about_sum(int row, int phase, int slice) const {
-    const int slices = params.slicing.num_slices;
-    Message* const sums =
-        header() + 1 + 2 * (kKinds * params.mail_rows * slices + 2 * params.mail_rows + 2 * kNumRequests * slices);
-    return sums + (row * kPhases + phase) * slices + slice;
+  __device__ __forceinline__ Message* about_part(int kind, int request, int phase, int slice) const {
+    return shared.mail[half()].parts +
+           (((kind * kNumRequests + request) * kPhases + phase) * params.slicing.num_slices + slice);
   }
   // Whether the draw after the last node is made with this read.
   __device__ __forceinline__ bool draws_last() const {
     return params.draws_last && shared.walk.reads == 0 && !shared.law.greedy && !shared.law.cuts;
   }
   // The number of the exchange that is under way, and which half it uses.
-  __device__ __forceinline__ uint64_t number() const { return number(shared.walk.reads + shared.walk.passes); }
-  __device__ __forceinline__ uint64_t number(int exchange) const {
-    return (shared.epoch + 1) << kNumberBits | static_cast<uint32_t>(exchange);
+  __device__ __forceinline__ uint64_t number() const {
+    return (shared.epoch + 1) << kNumberBits | static_cast<uint32_t>(shared.walk.reads + shared.walk.passes);
   }
   __device__ __forceinline__ int half() const {
     return (shared.walk.need == Need::kRead ? shared.walk.reads : shared.walk.passes) & 1;
@@ -292,7 +284,33 @@ __device__ __forceinline__ Partial join(Partial a, Partial b, bool bare, float s
   const float share_a = a.left > -kInfinity ? exp2_fast((a.left - maximum) * scale) : 0.0f;
   const float share_b = b.left > -kInfinity ? exp2_fast((b.left - maximum) * scale) : 0.0f;
   a.best.score *= share_a, b.best.score *= share_b;
-  return {a.sum * share_a + b.sum * share_b, maximum, better(a.best, b.best)};
+  return {a.sum + b.sum, maximum, better(a.best, b.best)};
+}
+
+// A draw from what the lanes of a warp have of a row, whose scores are relative to one maximum.
+__device__ __forceinline__ Partial draw_of_warp(Partial found, bool bare) {
+  found.sum = !bare ? warp_sum(found.sum) : __all_sync(kAllLanes, found.sum < kInfinity) ? 0.0f : NAN;
+  found.best = warp_best(found.best);
+  return found;
+}
+// The same, each lane's relative to a maximum of its own.
+__device__ __forceinline__ Partial draw_of_lanes(Partial found, bool bare, float scale) {
+  if (bare) {
+    const float maximum = warp_max(found.left);
+    found.best.score *= found.left > -kInfinity ? exp2_fast((found.left - maximum) * scale) : 0.0f;
+    found.left = maximum;
+  }
+  return draw_of_warp(found, bare);
+}
+
+// Of a bare draw: whether there is a law to draw from.
+__device__ __forceinline__ bool is_law(const Partial& drawn) {
+  return drawn.sum < kInfinity && drawn.left > -kInfinity;
+}
+
+// No part of a row.
+__device__ __forceinline__ Partial no_part(bool bare, int vocab_size) {
+  return {0, bare ? -kInfinity : 0.0f, {-1.0f, vocab_size}};
 }
 
 }  // namespace fastspec

@@ -332,7 +332,7 @@ class SmallTree {
       for (int tile = first_tile(local); tile < end_tile(local); ++tile, ++turn) {
         if ((turn & 1) != warp_index() / kParts) continue;
         const int part = warp_index() % kParts;
-        const Partial found = of_warp(draw_part(draw, tile, part), draw.bare);
+        const Partial found = draw_of_warp(draw_part(draw, tile, part), draw.bare);
         if (lane_index() == 0) {
           const bool law = found.sum < kInfinity;
           send(about_draw(tile * kParts + part), content_of(draw.bare ? found.left : found.sum, found.best.score),
@@ -351,14 +351,6 @@ class SmallTree {
     }
     __syncthreads();
     if (own_.redraw) draw_again(context_, own_, place);
-  }
-
-  // Of a bare draw `left` is what scores are relative to, and the sum NaN where there is no law.
-  __device__ __forceinline__ static bool is_law(const Partial& drawn) {
-    return drawn.sum < kInfinity && drawn.left > -kInfinity;
-  }
-  __device__ __forceinline__ Partial nothing(bool bare) const {
-    return {0, bare ? -kInfinity : 0.0f, {-1.0f, params_.vocab_size}};
   }
 
   // A lane's two tokens.
@@ -380,7 +372,7 @@ class SmallTree {
     const float scale = shared_.law.scale;
     const int first = tile * kTile + part * kPart + 2 * lane_index();
     const float2 x = load_two(context_.target_row(draw.node), first);
-    Partial found = nothing(draw.bare);
+    Partial found = no_part(draw.bare, params_.vocab_size);
     float w[2];
     if (draw.bare) {
       const float maximum = warp_max(fmaxf(x.x, x.y)), reference = maximum > -kInfinity ? maximum : 0.0f;
@@ -406,7 +398,7 @@ class SmallTree {
       };
       w[0] = residual(x.x, y.x, taken[0]), w[1] = residual(x.y, y.y, taken[1]);
     }
-    found.sum = w[0] + w[1];
+    if (!draw.bare) found.sum = w[0] + w[1];
     // Maximum and weights pass over a NaN.
     if (draw.bare && (!(x.x < kInfinity) | !(x.y < kInfinity))) found.sum = NAN;
     const float2 e = exponentials_of_pair(context_.key(Stream::kEmit, draw.node), static_cast<uint32_t>(first) / 4);
@@ -418,34 +410,22 @@ class SmallTree {
     return found;
   }
 
-  // What the lanes of a warp have found together.
-  __device__ __forceinline__ Partial of_warp(Partial found, bool bare) const {
-    if (bare) {
-      const float maximum = warp_max(found.left);
-      if (found.left > -kInfinity) found.best.score *= exp2_fast((found.left - maximum) * shared_.law.scale);
-      found.sum = __all_sync(kAllLanes, found.sum < kInfinity) ? 0.0f : NAN;
-      found.left = maximum;
-    } else {
-      found.sum = warp_sum(found.sum);
-    }
-    found.best = warp_best(found.best);
-    return found;
-  }
-  // And the warps of the block; to the first.
+  // What the warps of the block have found together; to the first.
   __device__ __forceinline__ Partial of_block(Partial found, bool bare) const {
-    found = of_warp(found, bare);
+    const float scale = shared_.law.scale;
+    found = draw_of_lanes(found, bare, scale);
     if (lane_index() == 0) own_.parts[warp_index()] = found;
     __syncthreads();
-    found = nothing(bare);
+    found = no_part(bare, params_.vocab_size);
     if (lane_index() < kWarps) found = own_.parts[lane_index()];
-    return of_warp(found, bare);
+    return draw_of_lanes(found, bare, scale);
   }
 
   // By all threads of the first block, each so many messages at a time.
   template <int kCount>
   __device__ __forceinline__ Partial receive_draw(bool bare, int total) const {
     const uint64_t expected = number_with(0);
-    Partial found = nothing(bare);
+    Partial found = no_part(bare, params_.vocab_size);
 #pragma unroll 1
     for (int base = 0; base < total; base += kCount * kThreads) {
       const auto place = [&](int i) { return base + i * kThreads + static_cast<int>(threadIdx.x); };
@@ -494,7 +474,7 @@ class SmallTree {
       scale = fminf(scale, draw.c);
     }
     __syncthreads();
-    Partial found = tree.nothing(false);
+    Partial found = no_part(false, context.params.vocab_size);
 #pragma unroll 1
     for (int tile = warp_index() / kParts; tile < context.params.slicing.num_tiles; tile += kWarps / kParts) {
       found = join(found, tree.draw_part(draw, tile, warp_index() % kParts), false, 1.0f);

@@ -177,7 +177,7 @@ __device__ __forceinline__ RowStats find_threshold(const Context<kType>& context
 // Merges the slices of the rows from `first` on into their statistics, kRows rows of a warp at a time, of each of which
 // a lane receives up to kCount slices.
 template <int kRows, int kCount, LogitType kType>
-__device__ __forceinline__ void receive_rows(const Context<kType>& context, int first, int num_rows) {
+__device__ __forceinline__ void merge_rows(const Context<kType>& context, int first, int num_rows) {
   Shared& shared = context.shared;
   const Span& span = shared.span;
   const Law& law = shared.law;
@@ -242,7 +242,7 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
     key = context.key(Stream::kCoupled, 0);
     key.position += depth;
   }
-  Partial result = {0, kBare ? -kInfinity : 0.0f, {-1.0f, params.vocab_size}};
+  Partial result = no_part(kBare, params.vocab_size);
 #pragma unroll 1
   for (int i = 0; i < context.params.slicing.tiles_per_slice; ++i) {
     const int tile = slice * context.params.slicing.tiles_per_slice + i;
@@ -252,13 +252,12 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
     if (__builtin_expect(penalised, false)) {
       x = penalise(x, shared.penalties, first, request.node, depth, params.vocab_size);
     }
-    Partial found = {0, 0, {-1.0f, params.vocab_size}};
+    Partial found = no_part(kBare, params.vocab_size);
     if (kBare) {
       found.left = warp_max(fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)));
       stats.maximum = found.left > -kInfinity ? found.left : 0.0f;
     }
-    // Rounded alike in all copies of this function: a sum made ahead is that of a pass, bit for bit.
-    const auto weight = [&](float logit) { return __fmul_rn(stats.weight(scale, logit), p_scale); };
+    const auto weight = [&](float logit) { return stats.weight(scale, logit) * p_scale; };
     float w[4] = {weight(x.x), weight(x.y), weight(x.z), weight(x.w)};
     if (subtract) {
       const float logits[4] = {y.x, y.y, y.z, y.w};
@@ -280,76 +279,45 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
       for (int j = 0; j < 4; ++j) w[j] = fmaxf(fmaf(-taken[j], q[j], w[j]), 0.0f);
       found.left = (kept[0] + kept[1]) + (kept[2] + kept[3]);
     }
-    found.sum = (w[0] + w[1]) + (w[2] + w[3]);
+    const float sum = (w[0] + w[1]) + (w[2] + w[3]);
+    if (!kBare) found.sum = sum;
     // Nobody has looked at a bare row before; its maximum and weights pass over a NaN.
     if (kBare && (!(x.x < kInfinity) | !(x.y < kInfinity) | !(x.z < kInfinity) | !(x.w < kInfinity))) found.sum = NAN;
-    if (request.race && found.sum > 0) {
+    if (request.race && sum > 0) {
       race(w, first, exponentials<true>(key, static_cast<uint32_t>(first) / 4), found.best);
     }
     result = i == 0 ? found : join(result, found, kBare, scale);
   }
-  result.sum = warp_sum(result.sum);
-  if (request.race) {
-    result.best = warp_best(result.best);
-  } else {
-    result.left = warp_sum(result.left);
-  }
+  if (request.race) return draw_of_warp(result, kBare);
+  result.sum = warp_sum(result.sum), result.left = warp_sum(result.left);
   return result;
 }
 
-// The warps of a team wait for each other, at a barrier that the instruction names.
-__device__ __forceinline__ void meet(int team) {
-  static_assert(kTeams == 4 && kPhases == 4);
-  if (team == 0) asm volatile("bar.sync 1, 128;" ::: "memory");
-  if (team == 1) asm volatile("bar.sync 2, 128;" ::: "memory");
-  if (team == 2) asm volatile("bar.sync 3, 128;" ::: "memory");
-  if (team == 3) asm volatile("bar.sync 4, 128;" ::: "memory");
+// A warp's part of a slice, to all: its sums and, if there is a race, who has won.
+template <LogitType kType>
+__device__ __forceinline__ void send_part(const Context<kType>& context, const Partial& part, bool race, int index,
+                                          int phase, int slice) {
+  const int kind = lane_index();
+  if (kind > static_cast<int>(race)) return;
+  send(context.about_part(kind, index, phase, slice),
+       kind == 0 ? content_of(part.sum, part.left) : content_of(part.best.score, __int_as_float(part.best.token)),
+       context.number());
 }
 
-// The parts that a team's warps have found in a slice together, sent to all.
+// What a phase of all slices has found, by a warp.
 template <LogitType kType>
-__device__ __forceinline__ void send_part(const Context<kType>& context, const Partial& part, bool bare, int index,
-                                          int slice) {
-  Shared& shared = context.shared;
-  const int team = warp_index() / kPhases;
-  if (lane_index() == 0) shared.parts[warp_index()] = part;
-  meet(team);
-  if (warp_index() % kPhases == 0) {
-    // Four lanes take a part each and fold them, in one order.
-    const float scale = shared.law.scale;
-    Partial whole = shared.parts[warp_index() + lane_index() % kPhases];
-#pragma unroll
-    for (int step = 1; step < kPhases; step *= 2) {
-      const Partial other = {
-          __shfl_down_sync(kAllLanes, whole.sum, step),
-          __shfl_down_sync(kAllLanes, whole.left, step),
-          {__shfl_down_sync(kAllLanes, whole.best.score, step), __shfl_down_sync(kAllLanes, whole.best.token, step)}};
-      whole = join(whole, other, bare, scale);
-    }
-    // Lane 1 sends the second half of what lane 0 has found.
-    const float score = __shfl_sync(kAllLanes, whole.best.score, 0);
-    const int token = __shfl_sync(kAllLanes, whole.best.token, 0);
-    const bool first = lane_index() == 0;
-    if (lane_index() < 2) {
-      send(context.about_part(lane_index(), index, slice),
-           first ? content_of(whole.sum, whole.left) : content_of(score, __int_as_float(token)), context.number());
-    }
-  }
-  meet(team);
-}
-
-// What the whole group has found, by a warp.
-template <LogitType kType>
-__device__ __forceinline__ void receive_part(const Context<kType>& context, bool bare, int index) {
+__device__ __forceinline__ void receive_part(const Context<kType>& context, bool bare, bool race, int index,
+                                             int phase) {
   constexpr int kAtOnce = 2;  // slices of a lane
   const int num_slices = context.params.slicing.num_slices;
   const float scale = context.shared.law.scale;
-  Partial found = {0, bare ? -kInfinity : 0.0f, {-1.0f, context.params.vocab_size}};
+  Partial found = no_part(bare, context.params.vocab_size);
 #pragma unroll 1
   for (int first = lane_index(); first - lane_index() < num_slices; first += 32 * kAtOnce) {
     uint64_t contents[2 * kAtOnce];
     const auto slice = [&](int i) { return first + 32 * (i % kAtOnce); };
-    const Message* const from[2] = {context.about_part(0, index, first), context.about_part(1, index, first)};
+    const Message* const from[2] = {context.about_part(0, index, phase, first),
+                                    context.about_part(race, index, phase, first)};
     receive(
         contents, context.number(), [&](int i) { return slice(i) < num_slices; },
         [&](int i) { return from[i / kAtOnce] + 32 * (i % kAtOnce); });
@@ -362,36 +330,55 @@ __device__ __forceinline__ void receive_part(const Context<kType>& context, bool
                    bare, scale);
     }
   }
-  __syncwarp();
-  if (bare) {
-    const float maximum = warp_max(found.left);
-    const float share = found.left > -kInfinity ? exp2_fast((found.left - maximum) * scale) : 0.0f;
-    found.sum *= share, found.best.score *= share, found.left = maximum;
+  if (race) {
+    found = draw_of_lanes(found, bare, scale);
   } else {
-    found.left = warp_sum(found.left);
+    found.sum = warp_sum(found.sum), found.left = warp_sum(found.left);
   }
-  found.sum = warp_sum(found.sum);
-  found.best = warp_best(found.best);
-  if (bare && !(found.sum > 0)) found.best.token = -1;  // NaN, +inf or nothing: no law
-  if (lane_index() == 0) context.shared.found[index] = found;
+  if (lane_index() == 0) context.shared.parts[index][phase] = found;
 }
 
-// The whole group's passes over rows; every block is told what was found.
+// What the phases have found together: of so many requests from one on, by a warp.
 template <LogitType kType>
-__device__ __forceinline__ void pass(const Context<kType>& context) {
+__device__ __forceinline__ void join_parts(const Context<kType>& context, bool bare, int first, int count) {
+  Shared& shared = context.shared;
+  const float scale = shared.law.scale;
+  const int index = first + min(lane_index() / kPhases, count - 1), phase = lane_index() % kPhases;
+  Partial whole = shared.parts[index][phase];
+#pragma unroll
+  for (int step = 1; step < kPhases; step *= 2) {
+    const Partial other = {
+        __shfl_down_sync(kAllLanes, whole.sum, step),
+        __shfl_down_sync(kAllLanes, whole.left, step),
+        {__shfl_down_sync(kAllLanes, whole.best.score, step), __shfl_down_sync(kAllLanes, whole.best.token, step)}};
+    whole = join(whole, other, bare, scale);
+  }
+  if (bare && !is_law(whole)) whole.best.token = -1;
+  if (lane_index() < kPhases * count && phase == 0) shared.found[index] = whole;
+  __syncwarp();
+}
+
+// The whole group's passes over rows, which are alike; what they have found goes to the walking warp. False if the walk
+// ends with that and this block is not the one that says so.
+template <LogitType kType>
+__device__ __forceinline__ bool pass(const Context<kType>& context) {
+  static_assert(kTeams == kMaxRequests);
   const Shared& shared = context.shared;
   const int team = warp_index() / kPhases, phase = warp_index() % kPhases, num_requests = shared.num_requests;
+  const bool bare = shared.requests[0].bare, race = shared.requests[0].race;
 #pragma unroll 1
   for (Items items(team, kTeams, context.num_local()); items.row < num_requests; items.advance()) {
     const int index = items.row, slice = context.slice(items.local);
     const Request request = shared.requests[index];
-    const Partial part = request.bare ? pass_over<true>(context, request, slice, phase)
-                                      : pass_over<false>(context, request, slice, phase);
-    send_part(context, part, request.bare, index, slice);
+    const Partial part =
+        bare ? pass_over<true>(context, request, slice, phase) : pass_over<false>(context, request, slice, phase);
+    send_part(context, part, race, index, phase, slice);
   }
-  const int index = warp_index();
-  if (index < num_requests) receive_part(context, shared.requests[index].bare, index);
+  if (context.rank() != 0 && shared.walk.phase == Phase::kLastDraw) return false;
+  if (team < num_requests) receive_part(context, bare, race, team, phase);
   __syncthreads();
+  if (warp_index() == 0) join_parts(context, bare, 0, num_requests);
+  return true;
 }
 
 // The draw at the end of a chain is made with the first read, where drafts are good the one that is needed most: from
@@ -403,65 +390,8 @@ __device__ __forceinline__ void send_last(const Context<kType>& context) {
 #pragma unroll 1
   for (Items items(kTeams - 1 - team, kTeams, context.num_local()); items.row == 0; items.advance()) {
     const int slice = context.slice(items.local);
-    send_part(context, pass_over<true>(context, request, slice, phase), true, kLastRequest, slice);
+    send_part(context, pass_over<true>(context, request, slice, phase), true, kLastRequest, phase, slice);
   }
-}
-
-// While the first warp walks, the others sum the residuals that it will ask for first (first_rejected()).
-template <LogitType kType>
-__device__ __forceinline__ void send_sums(const Context<kType>& context, const Span& span, uint64_t number) {
-  Shared& shared = context.shared;
-  const int lane = lane_index(), place = kMaxNodes + warp_index();
-  const auto node_of = [&](int row) { return shared.tree[span.draft(row)].inner_node; };
-  uint32_t rows = __ballot_sync(kAllLanes, lane < span.num_drafts() && first_rejected(shared, node_of(lane)) >= 0);
-  int row = 0;
-  // Four warps share a row's slice; the second warp begins with the first part of the first row.
-#pragma unroll 1
-  for (int item = warp_index() - 1, next = 0; rows != 0; rows &= rows - 1, next += kPhases) {
-    if (item >= next + kPhases) continue;
-    row = __ffs(static_cast<int>(rows)) - 1;
-    const int node = node_of(row), phase = item - next;
-    if (lane == 0) {
-      shared.removed_token[place] = shared.tests[first_rejected(shared, node)].token;
-      shared.removed_scale[place] = 1.0f;
-    }
-    __syncwarp();
-    const Request request = {node, 1.0f, 1.0f, place, 1, false, false, Stream::kEmit};
-    const Partial part = pass_over<false>(context, request, context.slice(0), phase);
-    if (lane == 0) {
-      send(context.about_sum(row, phase, context.slice(0)), content_of(part.sum, part.left), number);
-    }
-    __syncwarp();  // before the token of the next one comes
-    item += kWarps - 1;
-  }
-}
-
-// Such a sum, by the walking warp: to found[0], added up as receive_part() does.
-template <LogitType kType>
-__device__ __forceinline__ void receive_sum(const Context<kType>& context, int node, int exchange) {
-  constexpr int kAtOnce = 2;  // slices of a lane
-  Shared& shared = context.shared;
-  const int num_slices = context.params.slicing.num_slices;
-  const int row = shared.span.row_of_draft(shared.tree[node].inner_row);
-  float sum = 0, left = 0;
-#pragma unroll 1
-  for (int first = lane_index(); first - lane_index() < num_slices; first += 32 * kAtOnce) {
-    uint64_t contents[kAtOnce * kPhases];
-    const auto slice = [&](int i) { return first + 32 * (i / kPhases); };
-    receive(
-        contents, context.number(exchange), [&](int i) { return slice(i) < num_slices; },
-        [&](int i) { return context.about_sum(row, i % kPhases, min(slice(i), num_slices - 1)); });
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (slice(i * kPhases) >= num_slices) continue;
-      const uint64_t* const parts = contents + i * kPhases;
-      sum += (first_of(parts[0]) + first_of(parts[1])) + (first_of(parts[2]) + first_of(parts[3]));
-      left += (second_of(parts[0]) + second_of(parts[1])) + (second_of(parts[2]) + second_of(parts[3]));
-    }
-  }
-  sum = warp_sum(sum), left = warp_sum(left);
-  if (lane_index() == 0) shared.found[0].sum = sum, shared.found[0].left = left;
-  __syncwarp();
 }
 
 // What is read of a span: no row where tokens are drawn from the target's laws as they are.
@@ -549,20 +479,21 @@ __device__ __forceinline__ void read(const Context<kType>& context) {
   const Drafted drafted = load_drafted(context, node);
   const int first = cuts ? num_targets : 0;
   if (params.slicing.num_slices > 64) {
-    receive_rows<1, 4>(context, first, num_rows);
+    merge_rows<1, 4>(context, first, num_rows);
   } else if (num_rows - first > kWarps) {
-    receive_rows<2, 2>(context, first, num_rows);
+    merge_rows<2, 2>(context, first, num_rows);
   } else {
-    receive_rows<1, 2>(context, first, num_rows);
+    merge_rows<1, 2>(context, first, num_rows);
   }
-  // By a warp that has no row, if there is one.
-  if (context.draws_last() && warp_index() == min(num_rows, kWarps - 1)) receive_part(context, true, kLastRequest);
+  const bool draws_last = context.draws_last();
+  if (draws_last && warp_index() >= kWarps - kPhases) {
+    receive_part(context, true, true, kLastRequest, warp_index() % kPhases);
+  }
   if (cuts && __any_sync(kAllLanes, node < num_targets)) {
     uint64_t contents[2];
     const bool inside = node < num_targets;
-    receive(
-        contents, context.number(), [&](int) { return inside; },
-        [&](int i) { return context.about_row(i, inside ? node : 0); });
+    const Message* const from[2] = {context.about_row(0, inside ? node : 0), context.about_row(1, inside ? node : 0)};
+    receive(contents, context.number(), [&](int) { return inside; }, [&](int i) { return from[i]; });
     if (inside) {
       shared.stats[span.target(node)] = {
           first_of(contents[0]),     second_of(contents[0]), law.min_p, first_of(contents[1]), 0,
@@ -577,6 +508,7 @@ __device__ __forceinline__ void read(const Context<kType>& context) {
     if (drafted.token >= 0) prepare_test(context, node, drafted);
     __syncthreads();
   }
+  if (draws_last && warp_index() == 0) join_parts(context, true, kLastRequest, 1);
   context.note_first(Mark::kStatistics);
 }
 
@@ -604,16 +536,13 @@ template <LogitType kType>
 __device__ __forceinline__ void verify_tree(const Context<kType>& context) {
   Shared& shared = context.shared;
   do {
-    // What is read, as the first warp may go on to the next.
-    const bool sums = shared.walk.need == Need::kRead && sums_ahead(context.params, shared);
-    const Span span = shared.span;
-    const uint64_t number = context.number();
-    shared.walk.need == Need::kRead ? read(context) : pass(context);
-    if (warp_index() != 0) {
-      if (sums) send_sums(context, span, number);
-    } else {
-      const Need need =
-          Walk(context.params, shared).resume([&](int node, int exchange) { receive_sum(context, node, exchange); });
+    if (shared.walk.need == Need::kRead) {
+      read(context);
+    } else if (!pass(context)) {
+      return;
+    }
+    if (warp_index() == 0) {
+      const Need need = Walk(context.params, shared).resume();
       if (context.rank() == 0 && need == Need::kNothing) {
         context.note(Mark::kWalk);
         write(context.params, shared, context.sequence());
@@ -702,8 +631,7 @@ Slicing::Slicing(int vocab_size) {
 int64_t verify_mail_size(int num_rows, int vocab_size) {
   const int slices = Slicing(vocab_size).num_slices;
   // After the last message may be read, though not used, what would be of slices that do not exist.
-  return 1 + kMaxSlices + 2 * (kKinds * num_rows * slices + 2 * num_rows + 2 * kNumRequests * slices) +
-         num_rows * kPhases * slices;
+  return 1 + kMaxSlices + 2 * (kKinds * num_rows * slices + 2 * num_rows + 2 * kNumRequests * kPhases * slices);
 }
 
 int verify_group_size(int batch_size, int vocab_size) {

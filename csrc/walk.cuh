@@ -16,14 +16,16 @@ constexpr int kMaxRows = 2 * kMaxNodes;
 constexpr int kMaxRequests = 4;  // passes over rows that the group makes at once
 constexpr int kLastRequest = kMaxRequests;  // and the draw after a chain's last node, made ahead
 constexpr int kNumRequests = kMaxRequests + 1;
+constexpr int kPhases = 4;  // warps that share a slice in a pass
 
 // Masses below this are what rounding leaves of a residual in single precision: the law before it stays.
 constexpr float kRounding = 1e-6f;
 // Stands for the infinite ratio p / q where q = 0: products with r stay numbers.
 constexpr float kHugeRatio = 1e30f;
 
-// What a pass finds in a part of a row: the mass of w, that of q over the tokens not removed, and the winner of the
-// race. Of a bare pass `left` is the part's maximum, to which sum and scores are relative.
+// What a pass finds in a part of a row: the mass of w, that of q over the tokens not removed if there is no race, and
+// the winner of the race. Of a bare pass `left` is the part's maximum, to which scores are relative, and `sum` is 0, or
+// NaN if a logit is NaN or +inf.
 struct alignas(16) Partial {
   float sum;
   float left;
@@ -45,15 +47,14 @@ struct Decision {
   int stop, next;
 };
 
-// What the walk needs before it can go on: rows, the passes of `requests`, or a sum that has been sent with the rows.
-enum class Need { kRead, kPass, kSum, kNothing };
+// What the walk needs before it can go on: rows, or the passes of `requests`.
+enum class Need { kRead, kPass, kNothing };
 enum class Phase { kArrive, kTest, kRest, kDraw, kLastDraw };
 
 // Where the walk over the tree stands.
 struct WalkState {
   Need need;
   int reads, passes;  // that have been asked for before this one
-  int last_read;  // the exchange of the rows that are in `span`
   Decision decision;
   Phase phase;
   int node;  // where the path has come to, and what to read
@@ -100,9 +101,6 @@ struct Span {
   __device__ __forceinline__ int num_drafts() const { return inner_row < 0 ? 0 : 1 + num_inner; }
   __device__ __forceinline__ int target(int row) const { return row == 0 ? node : first_child + row - 1; }
   __device__ __forceinline__ int draft(int row) const { return row == 0 ? inner_row : first_inner + row - 1; }
-  __device__ __forceinline__ int row_of_draft(int inner) const {
-    return inner == inner_row ? 0 : inner - first_inner + 1;
-  }
   __device__ __forceinline__ bool holds(int other) const {
     return other == node || (other >= first_child && other < first_child + num_ahead);
   }
@@ -137,15 +135,14 @@ struct Shared {
   Known known[kMaxNodes];
   int next[kMaxNodes];  // greedy: the child that the argmax leads to; kMaxNodes if none
   int drawn[kMaxNodes];  // rules that follow one token per row: that token, -1 if the row is no law, or kNotDrawn
-  // Rejected siblings at the current node, and after kMaxNodes one for each warp that sums ahead;
-  int removed_token[kMaxNodes + kWarps];
-  float removed_scale[kMaxNodes + kWarps];  // and how much of q was taken off them
+  int removed_token[kMaxNodes];  // rejected siblings at the current node,
+  float removed_scale[kMaxNodes];  // and how much of q was taken off them
   int passing_node[kMaxNodes];  // block verification: nodes whose test may succeed,
   float passing_r[kMaxNodes];  // and their r
   int num_requests;
   Request requests[kMaxRequests];
   Partial found[kNumRequests];
-  Partial parts[kWarps];
+  Partial parts[kNumRequests][kPhases];
   WalkState walk;
   Span span;  // what is to be read
   Law law;
@@ -158,25 +155,6 @@ struct Shared {
 // Whether the draft's law counts: not greedily, and not for rules that need none.
 __device__ __forceinline__ bool weighs_draft(const VerifyParams& params, const Shared& shared) {
   return params.draft_logits != nullptr && !shared.law.greedy;
-}
-
-// Whether blocks sum residuals before the walk asks for them: those which the first rejected sibling of each node
-// leaves, by the warps that do not walk. Blocks with several slices have enough to do, and chains have no siblings.
-__device__ __forceinline__ bool sums_ahead(const VerifyParams& params, const Shared& shared) {
-  return weighs_draft(params, shared) && params.max_local == 1 && params.max_depth < params.num_nodes - 1;
-}
-
-// The child whose rejection the next test at a node needs such a sum for; -1 if there is none.
-__device__ __forceinline__ int first_rejected(const Shared& shared, int node) {
-  if (shared.known[node] != Known::kYes) return -1;
-  int child = shared.tree[node].first_child, last = child + shared.tree[node].num_children - 1;
-#pragma unroll 1
-  while (child <= last && shared.tests[child].token < 0) ++child;
-#pragma unroll 1
-  while (child < last && shared.tests[last].token < 0) --last;
-  if (child >= last) return -1;
-  const Test test = shared.tests[child];
-  return test.p > 0 && test.uniform * test.q <= test.p ? -1 : child;
 }
 
 // The walk over the tree, by the first warp of a block. It stops wherever it needs the whole group, and is called again
@@ -196,25 +174,10 @@ class Walk {
     shared.span = Span(params);
   }
 
-  // Returns what the walk needs next; `receive(node, exchange)` brings a sum that is on its way to found[0].
-  template <typename Receive>
-  __device__ __forceinline__ Need resume(Receive receive) {
-    if (at_.need == Need::kRead) at_.last_read = at_.reads + at_.passes;
+  // Returns what the walk needs next.
+  __device__ __forceinline__ Need resume() {
     ++(at_.need == Need::kRead ? at_.reads : at_.passes);
     __syncwarp();  // before the first lane changes it
-    step();
-#pragma unroll 1
-    while (__shfl_sync(kAllLanes, static_cast<int>(at_.need), 0) == static_cast<int>(Need::kSum)) {
-      receive(__shfl_sync(kAllLanes, at_.node, 0), __shfl_sync(kAllLanes, at_.last_read, 0));
-      step();
-    }
-    if (lane_index() == 0) shared_.walk = at_;
-    __syncwarp();
-    return shared_.walk.need;
-  }
-
- private:
-  __device__ __forceinline__ void step() {
     if (!weighs_draft(params_, shared_)) {
       if (lane_index() == 0) match();
     } else if (params_.rule == Rule::kBlock) {
@@ -222,8 +185,12 @@ class Walk {
     } else {
       if (lane_index() == 0) recursive_rejection();
     }
+    if (lane_index() == 0) shared_.walk = at_;
+    __syncwarp();
+    return shared_.walk.need;
   }
 
+ private:
   __device__ __forceinline__ void read(int node) {
     at_.need = Need::kRead, at_.node = node;
     shared_.span = Span(node, shared_.tree[node]);
@@ -465,10 +432,6 @@ class Walk {
         if (accepts(test)) break;
         if (at_.child < last && at_.c != at_.previous) {  // only a later test needs the masses
           at_.node = node;
-          if (sums_ahead(params_, shared_) && at_.num_removed == 1 && shared_.span.holds(node)) {
-            at_.need = Need::kSum, at_.phase = Phase::kRest;
-            return;
-          }
           return pass(Phase::kRest, {node, 1.0f, at_.c, 0, at_.num_removed, false, false, Stream::kEmit});
         }
       }

@@ -8,6 +8,7 @@ something. ``--plant bounds`` hands a kernel an output buffer that is too small;
 from __future__ import annotations
 
 import argparse
+import collections
 import itertools
 import os
 import subprocess
@@ -24,6 +25,8 @@ KERNELS = ("verify", "propose", "pass", "commit", "compact")
 #: Racecheck of CUDA 13.0 ends with an error of its own in the pass.
 NOT_WATCHED = {"racecheck": ("pass",)}
 FOUND = 86
+#: Lines of a tool's findings.
+SHOWN = 20
 SEEDS = 24
 #: Racecheck follows every access to shared memory and takes many times as long as the others: chosen cases alone.
 FEWER_SEEDS = {"racecheck": 0}
@@ -166,6 +169,24 @@ def drive_pass() -> None:
             committer(verdict)
 
 
+def run_tool(tool: str, command: list[str], environment: dict[str, str]) -> int:
+    """Runs one tool, and shows what it finds as it comes; returns its exit status."""
+    others = collections.deque(maxlen=5)
+    last, num_shown = "", 0
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, env=environment, text=True, **streams) as process:
+        for line in map(str.rstrip, process.stdout):
+            if not line.startswith("========="):
+                others.append(line)
+                continue
+            last = line
+            if num_shown < SHOWN:
+                print(line, flush=True)
+            num_shown += 1
+    print(f"{tool}: exit {process.returncode}: {last or ' '.join(others)}", flush=True)
+    return process.returncode
+
+
 def main() -> int:
     """Runs the tools; returns the number of those that found something."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -192,16 +213,7 @@ def main() -> int:
         ]
         # Every tensor gets an allocation of its own, so that a step beyond it is seen.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        lines = [
-            line for line in (result.stdout + result.stderr).splitlines() if line.startswith("=========")
-        ]
-        print(
-            f"{tool}: exit {result.returncode}: {lines[-1] if lines else (result.stderr or result.stdout)[-400:]}"
-        )
-        if result.returncode:
-            print("\n".join(lines[:20]))
-        failures += result.returncode != 0
+        failures += run_tool(tool, command, environment) != 0
     return failures
 
 
