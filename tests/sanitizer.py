@@ -1,6 +1,6 @@
 """Runs every kernel on small inputs, to be watched by NVIDIA's compute-sanitizer: ``python tests/sanitizer.py``.
 
-Starts itself under memcheck, racecheck, initcheck and synccheck in turn and fails if one of them finds
+Starts itself under memcheck, racecheck, initcheck and synccheck, several at a time, and fails if one of them finds
 something. ``--plant bounds`` hands a kernel an output buffer that is too small; with a build made with
 ``FASTSPEC_PLANT_RACE`` racecheck must fail as well. Both show that the job can.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import itertools
 import os
 import subprocess
@@ -25,8 +26,13 @@ KERNELS = ("verify", "propose", "pass", "commit", "compact")
 #: Racecheck of CUDA 13.0 ends with an error of its own in the pass.
 NOT_WATCHED = {"racecheck": ("pass",)}
 FOUND = 86
-#: Lines of a tool's findings.
+#: Lines of a run's findings.
 SHOWN = 20
+#: Tools that watch a few cases at a time, each time in a process of its own: racecheck takes longer from launch to
+#: launch.
+PARTS = {"racecheck": 5}
+#: Runs side by side.
+WORKERS = 4
 SEEDS = 24
 #: Racecheck follows every access to shared memory and takes many times as long as the others: chosen cases alone.
 FEWER_SEEDS = {"racecheck": 0}
@@ -71,8 +77,8 @@ def chosen_cases(device: str) -> Iterator[tuple[int, Case]]:
         yield seed, random_case(seed, device, **options)
 
 
-def drive(plant: str | None, seeds: int) -> None:
-    """Launches all kernels over rules, trees and parameters; results are not looked at here."""
+def drive(plant: str | None, seeds: int, part: int, parts: int) -> None:
+    """Launches all kernels over rules, trees and parameters, or a part of them; results are not looked at here."""
     import torch
     from kernel_cases import random_case, raw_draft_logits
 
@@ -83,7 +89,7 @@ def drive(plant: str | None, seeds: int) -> None:
     shapes = {"vocabularies": (33, 2049, 4097), "max_nodes": 10, "max_batch": 2}
     drawn_cases = ((seed, random_case(seed, "cuda", **shapes)) for seed in range(seeds))
     for number, (seed, case) in enumerate(itertools.chain(chosen_cases("cuda"), drawn_cases)):
-        if case.rule is Rule.TRAVERSAL and not case.tree.is_chain:
+        if number % parts != part or (case.rule is Rule.TRAVERSAL and not case.tree.is_chain):
             continue
         batch, _, vocab_size = case.target_logits.shape
         for backend in ("cuda", "triton"):
@@ -101,8 +107,9 @@ def drive(plant: str | None, seeds: int) -> None:
             for level in range(case.tree.max_depth):
                 raw = raw_draft_logits(case, seed, level, padded=True)
                 proposer(raw, level, case.tokens, case.draft_logits, case.sampling, case.positions)
-    drive_prefill()
-    drive_pass()
+    if part == 0:
+        drive_prefill()
+        drive_pass()
     torch.cuda.synchronize()
 
 
@@ -169,10 +176,12 @@ def drive_pass() -> None:
             committer(verdict)
 
 
-def run_tool(tool: str, command: list[str], environment: dict[str, str]) -> int:
+def run_tool(name: str, command: list[str]) -> int:
     """Runs one tool, and shows what it finds as it comes; returns its exit status."""
     others = collections.deque(maxlen=5)
     last, num_shown = "", 0
+    # Every tensor gets an allocation of its own, so that a step beyond it is seen.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, env=environment, text=True, **streams) as process:
         for line in map(str.rstrip, process.stdout):
@@ -181,40 +190,38 @@ def run_tool(tool: str, command: list[str], environment: dict[str, str]) -> int:
                 continue
             last = line
             if num_shown < SHOWN:
-                print(line, flush=True)
+                print(f"{name}: {line}", flush=True)
             num_shown += 1
-    print(f"{tool}: exit {process.returncode}: {last or ' '.join(others)}", flush=True)
+    print(f"{name}: exit {process.returncode}: {last or ' '.join(others)}", flush=True)
     return process.returncode
 
 
 def main() -> int:
-    """Runs the tools; returns the number of those that found something."""
+    """Runs the tools; returns the number of runs that found something."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tools", nargs="*", default=TOOLS, choices=TOOLS)
     parser.add_argument("--kernels", nargs="*", default=KERNELS, choices=KERNELS)
     parser.add_argument("--plant", choices=["bounds"])
-    parser.add_argument("--drive", type=int, metavar="SEEDS", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--drive", nargs=3, type=int, metavar=("SEEDS", "PART", "PARTS"), help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     if arguments.drive is not None:
-        drive(arguments.plant, arguments.drive)
+        drive(arguments.plant, *arguments.drive)
         return 0
-    failures = 0
+    runs = []
     for tool in arguments.tools:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "5"]
         if tool != "initcheck":
             watched = [kernel for kernel in arguments.kernels if kernel not in NOT_WATCHED.get(tool, ())]
             command += [word for kernel in watched for word in ("--kernel-name", f"kns={kernel}")]
-        command += [
-            sys.executable,
-            __file__,
-            "--drive",
-            str(FEWER_SEEDS.get(tool, SEEDS)),
-            *(["--plant", arguments.plant] if arguments.plant else []),
-        ]
-        # Every tensor gets an allocation of its own, so that a step beyond it is seen.
-        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        failures += run_tool(tool, command, environment) != 0
-    return failures
+        command += [sys.executable, __file__, *(["--plant", arguments.plant] if arguments.plant else [])]
+        parts = PARTS.get(tool, 1)
+        for part in range(parts):
+            work = ["--drive", *map(str, (FEWER_SEEDS.get(tool, SEEDS), part, parts))]
+            runs.append((tool if parts == 1 else f"{tool} {part + 1}/{parts}", command + work))
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        return sum(status != 0 for status in pool.map(run_tool, *zip(*runs, strict=True)))
 
 
 if __name__ == "__main__":
