@@ -1,0 +1,7 @@
+#include "verify_kernel.cuh"
+
+namespace fastspec {
+
+template int launch_verify<LogitType::kBfloat16>(const VerifyParams& params, void* stream);
+
+}  // namespace fastspec
