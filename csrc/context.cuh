@@ -277,6 +277,18 @@ __device__ __forceinline__ TileStats join(TileStats before, TileStats next, floa
   return {maximum, part(before) + part(next)};
 }
 
+// Statistics of a row from what messages say of its slices, of which each lane has some; by one warp.
+template <int kCount, typename Inside>
+__device__ __forceinline__ RowStats merge_contents(const uint64_t* contents, Inside inside, float scale, bool greedy) {
+  TileStats slices[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    slices[i] = {-kInfinity, 0.0f};
+    if (inside(i)) slices[i] = {first_of(contents[i]), second_of(contents[i])};
+  }
+  return merge_slices(slices, scale, greedy);
+}
+
 // Two parts of a row together; the second is of later tokens.
 __device__ __forceinline__ Partial join(Partial a, Partial b, bool bare, float scale) {
   if (!bare) return {a.sum + b.sum, a.left + b.left, better(a.best, b.best)};

@@ -77,7 +77,8 @@ struct VerifyParams {
   Rule rule;
   int group_size;  // blocks per sequence
   Slicing slicing;
-  bool is_small = false;  // whether the tree is read at once where nothing is cut; verify() sets it
+  // Whether the tree is verified as a small one, greedily and where laws cut nothing; verify() sets both.
+  bool is_small = false, is_small_rejection = false;
   int max_local = 0;  // slices of a block at most; verify() sets it
   uint8_t inner_nodes[kMaxInner] = {};  // entry i: the node whose row of the draft's distributions is i;
   bool has_inner_nodes = false;  // if there is room for all of them, and a lane for each of their children

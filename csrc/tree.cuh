@@ -1,5 +1,6 @@
-// Verification of a small tree by recursive rejection, where a law cuts nothing: all rows are read at once, and a warp
-// of each block looks after one inner node.
+// Verification of a small tree, by recursive rejection where a law cuts nothing, or greedily by any rule.
+//
+// Recursive rejection reads all rows at once, and a warp of each block looks after one inner node:
 //
 //   1. read     the warp reads its slices of the node's two rows and sends their statistics to all blocks
 //   2. test     it merges what the same warps of other blocks have sent, and tests the children one after the other,
@@ -9,6 +10,10 @@
 //   4. draw     the token after the path, by all warps, each a part of a tile; the first block receives and writes
 //
 // There is no exchange but what the rule asks for on the path, and the block meets where the walk needs all nodes.
+//
+// Greedily a warp of each block reads one node's row, of all nodes if there are as many warps, else of the inner ones,
+// and every warp follows the path from argmax to argmax. The row of a leaf that it comes to is read then, if it was
+// not. The first block alone receives what the path ends with.
 #pragma once
 
 #include "context.cuh"
@@ -27,17 +32,18 @@ struct TreeShared {
   int redraw;
 };
 
-// Whether the tree is verified this way, as far as the host knows.
-inline bool is_small_tree(const VerifyParams& params) {
-  return params.draft_logits != nullptr && params.rule == Rule::kRecursiveRejection && params.has_inner_nodes &&
-         params.max_depth < 32 && 2 * params.num_inner <= params.mail_rows &&
-         7 * params.mail_rows >= kParts * params.slicing.tiles_per_slice;
+// Whether the tree is verified these ways, greedily and by recursive rejection, as far as the host knows.
+inline bool is_small_tree(const VerifyParams& params) { return params.has_inner_nodes && params.max_depth < 32; }
+inline bool is_small_rejection_tree(const VerifyParams& params) {
+  return is_small_tree(params) && params.draft_logits != nullptr && params.rule == Rule::kRecursiveRejection &&
+         2 * params.num_inner <= params.mail_rows && 7 * params.mail_rows >= kParts * params.slicing.tiles_per_slice;
 }
 
-// Whether a sequence is one for this way: its laws are neither cut nor changed by penalties.
-__device__ __forceinline__ bool is_plain(const Shared& shared) {
+// Whether a sequence is one for them: its laws are neither cut nor changed by penalties.
+__device__ __forceinline__ bool is_small(const VerifyParams& params, const Shared& shared) {
   const Law& law = shared.law;
-  return !law.greedy && !law.cuts && shared.penalties.repetition == 1.0f && shared.penalties.shortest == 0;
+  return (law.greedy ? params.is_small : params.is_small_rejection) && !law.cuts &&
+         shared.penalties.repetition == 1.0f && shared.penalties.shortest == 0;
 }
 
 template <LogitType kType>
@@ -62,7 +68,41 @@ class SmallTree {
         draft_(context.draft_row(exists_ ? inner_ : 0)) {}
 
   // By all blocks of the group.
-  __device__ __forceinline__ void verify() {
+  __device__ __forceinline__ void verify() { shared_.law.greedy ? follow_argmax() : reject(); }
+
+ private:
+  // Where the path stops, and the lane's node of it.
+  struct Place {
+    int node, depth, next, own;
+  };
+  // What is drawn from the row of a node: w = [p - c q]+, or its law as it is.
+  struct Draw {
+    int node;
+    bool bare;
+    float c;
+    int first_child, num_children;  // tokens removed before, in `removed_token`
+  };
+
+  __device__ __forceinline__ void follow_argmax() const {
+    const int warp = warp_index();
+    const bool reads_all = params_.num_nodes <= kWarps;
+    const bool exists = reads_all ? warp < params_.num_nodes : exists_;
+    const int node = reads_all ? warp : node_;
+    if (exists) send_largest(0, warp, node, 0, 1);
+    context_.note(Mark::kRead);
+    if (reads_all && context_.rank() != 0) return;
+    if (exists) publish_argmax(node, receive_largest(0, warp));
+    __syncthreads();
+    context_.note(Mark::kStatistics);
+    const Place place = walk();
+    const bool reads_leaf = place.next == kMaxNodes;
+    if (reads_leaf) send_largest(1, 0, place.node, warp, kWarps);
+    if (context_.rank() != 0 || warp != 0) return;
+    const RowStats row = reads_leaf ? receive_largest(1, 0) : shared_.stats[place.node];
+    write(place, row.valid ? row.argmax : -1);
+  }
+
+  __device__ __forceinline__ void reject() {
     if (exists_) send_statistics();
     context_.note(Mark::kRead);
     if (exists_) {
@@ -90,19 +130,6 @@ class SmallTree {
     finish(place);
   }
 
- private:
-  // Where the path stops, and the lane's node of it.
-  struct Place {
-    int node, depth, next, own;
-  };
-  // What is drawn from the row of a node: w = [p - c q]+, or its law as it is.
-  struct Draw {
-    int node;
-    bool bare;
-    float c;
-    int first_child, num_children;  // tokens removed before, in `removed_token`
-  };
-
   // In the mailbox, rows come in the pairs of their nodes; sums take turns with two kinds, draws have the rest.
   __device__ __forceinline__ Message* about_slice(int kind, int row, int slice) const {
     return mail_ + ((kind * mail_rows_ + row) * num_slices_ + slice);
@@ -119,6 +146,59 @@ class SmallTree {
   __device__ __forceinline__ int first_tile(int local) const { return context_.slice(local) * tiles_per_slice_; }
   __device__ __forceinline__ int end_tile(int local) const {
     return min(first_tile(local) + tiles_per_slice_, num_tiles_);
+  }
+
+  // The largest logit of the node's row in this block's slices `local`, `local + step`, ..., and its first place there;
+  // messages of kind and number `exchange`. The next tile is under way while one is looked at.
+  __device__ __forceinline__ void send_largest(int exchange, int message_row, int node, int local, int step) const {
+    if (local >= num_local_) return;
+    const Row<kType> row = context_.target_row(node);
+    float4 x[kVectors], following[kVectors];
+    load_tile(row, first_tile(local), x);
+#pragma unroll 1
+    for (; local < num_local_; local += step) {
+      const int first = first_tile(local), end = end_tile(local);
+      TileStats largest;
+#pragma unroll 1
+      for (int tile = first; tile < end; ++tile) {
+        if (tile + 1 < end || local + step < num_local_) {
+          load_tile(row, tile + 1 < end ? tile + 1 : first_tile(local + step), following);
+        }
+        const TileStats next = greedy_statistics(x, tile);
+        largest = tile == first ? next : join(largest, next, 1.0f, true);
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) x[j] = following[j];
+      }
+      if (lane_index() == 0) {
+        send(about_slice(exchange, message_row, context_.slice(local)), content_of(largest.maximum, largest.mass),
+             number(exchange));
+      }
+    }
+  }
+
+  __device__ __forceinline__ RowStats receive_largest(int exchange, int message_row) const {
+    return num_slices_ > 64 ? received_largest<4>(exchange, message_row) : received_largest<2>(exchange, message_row);
+  }
+  template <int kCount>
+  __device__ __forceinline__ RowStats received_largest(int exchange, int message_row) const {
+    const auto inside = [&](int i) { return lane_index() + 32 * i < num_slices_; };
+    const Message* const from = about_slice(exchange, message_row, lane_index());
+    uint64_t contents[kCount];
+    receive(contents, number(exchange), inside, [&](int i) { return from + 32 * i; });
+    return merge_contents<kCount>(contents, inside, 1.0f, true);
+  }
+
+  // Which child the argmax of a node's row leads to.
+  __device__ __forceinline__ void publish_argmax(int node, const RowStats& row) const {
+    const TreeNode& place = shared_.tree[node];
+    const int lane = lane_index();
+    const bool leads = lane < place.num_children && shared_.penalties.tokens[place.first_child + lane] == row.argmax;
+    const uint32_t lanes = __ballot_sync(kAllLanes, leads);
+    if (lane != 0) return;
+    shared_.stats[node] = row;
+    shared_.next[node] = !row.valid   ? kNoStatistics
+                         : lanes == 0 ? kRejected
+                                      : place.first_child + __ffs(static_cast<int>(lanes)) - 1;
   }
 
   // The next tiles are under way while one is looked at.
@@ -181,14 +261,8 @@ class SmallTree {
     const auto inside = [&](int i) { return lane_index() + 32 * (i % kCount) < num_slices_; };
     uint64_t contents[2 * kCount];
     receive(contents, number(0), inside, [&](int i) { return from[i / kCount] + 32 * (i % kCount); });
-    TileStats slices[2][kCount];
-#pragma unroll
-    for (int i = 0; i < 2 * kCount; ++i) {
-      slices[i / kCount][i % kCount] = {-kInfinity, 0.0f};
-      if (inside(i)) slices[i / kCount][i % kCount] = {first_of(contents[i]), second_of(contents[i])};
-    }
-    target = merge_slices(slices[0], shared_.law.scale, false);
-    draft = merge_slices(slices[1], kLog2e, false);
+    target = merge_contents<kCount>(contents, inside, shared_.law.scale, false);
+    draft = merge_contents<kCount>(contents + kCount, inside, kLog2e, false);
   }
 
   // Tests the children that are left until one is accepted, or a sum is needed; returns what comes next.

@@ -201,14 +201,9 @@ __device__ __forceinline__ void merge_rows(const Context<kType>& context, int fi
     RowStats stats[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      TileStats slices[kCount];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        slices[i] = {-kInfinity, 0.0f};
-        const uint64_t content = contents[r * kCount + i];
-        if (inside(r * kCount + i)) slices[i] = {first_of(content), second_of(content)};
-      }
-      stats[r] = merge_slices(slices, is_target(r) ? law.scale : kLog2e, greedy);
+      stats[r] = merge_contents<kCount>(
+          contents + r * kCount, [&](int i) { return inside(r * kCount + i); }, is_target(r) ? law.scale : kLog2e,
+          greedy);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -601,7 +596,7 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
   context.note(Mark::kStart);
   load_sequence(context, 0);
   __syncthreads();
-  if (params.is_small && is_plain(shared)) {
+  if (is_small(params, shared)) {
     verify_small_tree<kType>(copy.get(), shared, tree_shared);
   } else {
     verify_tree(context);
@@ -635,6 +630,7 @@ int launch_verify(const VerifyParams& params, void* stream) {
   const int longest = std::min(kMaxChain, most / static_cast<int>(sizeof(RowLists)));
   const bool chain = is_chain(params) && params.num_nodes <= longest;
   launched.is_small = is_small_tree(params);
+  launched.is_small_rejection = is_small_rejection_tree(params);
   launched.max_local = (params.slicing.num_slices + group_size - 1) / group_size;
   // From sm_90 on the blocks are set up while the kernel before comes to its end, and wait for it (griddepcontrol).
   const bool starts_early = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;

@@ -48,7 +48,7 @@ def chosen_cases(device: str) -> Iterator[tuple[int, Case]]:
     from fastspec.verification import Rule
 
     chain, long_chain = DraftTree.chain(5), DraftTree.chain(15)
-    small, tree = DraftTree.kary((3, 2, 1)), DraftTree.kary((4, 2, 2, 2))
+    small, wider, tree = (DraftTree.kary(one) for one in ((3, 2, 1), (3, 2, 2), (4, 2, 2, 2)))
     plain, greedy = SamplingParams(), SamplingParams(temperature=0.0)
     cut, nucleus = SamplingParams(top_k=20, top_p=0.9), SamplingParams(top_p=0.9, min_p=0.01)
     penalised, flat = SamplingParams(repetition_penalty=1.3), SamplingParams(temperature=50.0, top_p=0.95)
@@ -62,6 +62,8 @@ def chosen_cases(device: str) -> Iterator[tuple[int, Case]]:
         (13, chain, Rule.TOKEN_LEVEL, torch.float32, 4097, (flat, cut)),
         (19, small, Rule.RECURSIVE_REJECTION, torch.float32, 4097, (plain, plain)),
         (12, small, Rule.RECURSIVE_REJECTION, torch.bfloat16, 33281, (plain, plain)),
+        (15, small, Rule.TARGET_ONLY, torch.bfloat16, 33281, (greedy,)),
+        (28, wider, Rule.RECURSIVE_REJECTION, torch.float32, 33281, (greedy, plain)),
         (4, tree, Rule.RECURSIVE_REJECTION, torch.float32, 4097, (plain, nucleus, greedy)),
         (1, tree, Rule.RECURSIVE_REJECTION, torch.bfloat16, 33281, (plain,)),
         (27, tree, Rule.TARGET_ONLY, torch.float32, 4097, (plain, cut)),

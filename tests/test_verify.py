@@ -1,6 +1,7 @@
 """Kernels against the reference: the same random numbers, the same integers; and what only a GPU can show."""
 
 import dataclasses
+import itertools
 import types
 
 import pytest
@@ -156,6 +157,66 @@ def test_where_nothing_is_left_after_several_siblings(backend):
     )
     assert expected.num_accepted.tolist() == [0, 0, 1]
     assert_same(expected, got, "siblings")
+
+
+def check_greedy_paths(tree, rule, backend, device, batches):
+    """One sequence for each node: the argmax leads there and to no child of it; one in three ends at a broken row."""
+    nodes, vocab_size = tree.num_nodes, 4097
+    generator = torch.Generator().manual_seed(nodes)
+    logits = torch.randn(nodes, nodes, vocab_size, generator=generator)
+    drawn = torch.stack([torch.randperm(vocab_size, generator=generator) for _ in range(nodes)])
+    tokens, others = drawn[:, :nodes].contiguous(), drawn[:, nodes]
+    broken = torch.arange(nodes) % 3 == 2
+    paths = torch.arange(nodes)[:, None].repeat(1, tree.max_depth + 1)
+    for end in range(nodes):
+        path = tree.path(end)
+        paths[end, : len(path)] = torch.tensor(path)
+        for parent, child in itertools.pairwise(path):
+            logits[end, parent, tokens[end, child]] = 30
+        logits[end, end, others[end]] = float("nan") if broken[end] else 30
+    draft_logits = logits[:, list(tree.inner)].contiguous()
+    expected = (paths, torch.tensor(tree.depths), others.masked_fill(broken, -1), broken)
+    for rows in batches:
+        sampling = SamplingTensors(len(rows), vocab_size, device)
+        for place in range(len(rows)):
+            sampling.set(place, SamplingParams(temperature=0), place)
+        got = verify(
+            logits[rows].to(device),
+            tokens[rows].to(device),
+            tree,
+            sampling,
+            torch.full((len(rows),), 9, device=device),
+            rule,
+            draft_logits[rows].to(device),
+            backend=backend,
+        )
+        for name, wanted, found in zip(got._fields, expected, got, strict=True):
+            assert found.tolist() == wanted[rows].tolist(), f"{name} of {list(rows)}"
+
+
+GREEDY_TREES = (
+    DraftTree.chain(0),
+    DraftTree.chain(3),
+    DraftTree.kary((3, 2, 1)),
+    DraftTree.kary((3, 2, 2)),
+    DraftTree.kary((33,)),
+    DraftTree.kary((3, 4, 4)),
+    DraftTree.kary((2, 2, 2, 2, 2)),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("rule", [Rule.RECURSIVE_REJECTION, Rule.TARGET_ONLY])
+@pytest.mark.parametrize("tree", GREEDY_TREES, ids=lambda tree: str(tree.num_nodes))
+def test_greedy_paths_to_every_node(backend, rule, tree):
+    nodes = range(tree.num_nodes)
+    check_greedy_paths(tree, rule, backend, "cuda", [list(nodes), *([node] for node in nodes)])
+
+
+def test_greedy_paths_to_every_node_by_the_reference():
+    for tree in GREEDY_TREES[:4]:
+        check_greedy_paths(tree, Rule.TARGET_ONLY, "reference", "cpu", [list(range(tree.num_nodes))])
 
 
 @pytest.mark.gpu
