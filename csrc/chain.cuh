@@ -396,7 +396,7 @@ class Chain {
     return (first_tile(local) + i) * kTile + warp_index() % kPhases * kPhase + lane_index() * 4;
   }
 
-  // A draw from a phase of a tile of a row as it is: scores and mass relative to the maximum, `left`.
+  // A draw from a phase of a tile of a row as it is: scores relative to the maximum, `left`.
   __device__ __forceinline__ Partial draw(const float4 (&x)[kVectors], int node, int tile, int phase) const {
     static_assert(kPhases == kVectors);
     float4 y = x[0];

@@ -77,12 +77,12 @@ struct VerifyParams {
   Rule rule;
   int group_size;  // blocks per sequence
   Slicing slicing;
-  // Whether the tree is verified as a small one, greedily and where laws cut nothing; verify() sets both.
+  // Whether the tree is verified as a small one, greedily and where laws cut nothing; the launch sets both.
   bool is_small = false, is_small_rejection = false;
-  int max_local = 0;  // slices of a block at most; verify() sets it
+  int max_local = 0;  // slices of a block at most; the launch sets it
   uint8_t inner_nodes[kMaxInner] = {};  // entry i: the node whose row of the draft's distributions is i;
   bool has_inner_nodes = false;  // if there is room for all of them, and a lane for each of their children
-  bool draws_last = false;  // whether the draw after the last node is made with the first read; verify() sets it
+  bool draws_last = false;  // whether the draw after the last node is made with the first read; the launch sets it
   void* mail;         // [B, mail_size] messages, zeros before the first launch; launches must not overlap
   int64_t mail_size;  // verify_mail_size() of mail_rows
   int mail_rows;      // about which there is room for messages at a time

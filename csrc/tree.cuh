@@ -11,9 +11,9 @@
 //
 // There is no exchange but what the rule asks for on the path, and the block meets where the walk needs all nodes.
 //
-// Greedily a warp of each block reads one node's row, of all nodes if there are as many warps, else of the inner ones,
-// and every warp follows the path from argmax to argmax. The row of a leaf that it comes to is read then, if it was
-// not. The first block alone receives what the path ends with.
+// Greedily the warps of a block read the rows of all nodes if there are as many warps, else of the inner ones, and
+// every warp follows the path from argmax to argmax. The row of a leaf that it comes to is read then, if it was not.
+// The first block alone receives what the path ends with.
 #pragma once
 
 #include "context.cuh"
@@ -23,7 +23,8 @@ namespace fastspec {
 constexpr int kParts = 8;  // of a tile in a draw
 constexpr int kPart = kTile / kParts;  // tokens of each, two per lane
 
-// What comes after a node, beside a child that is accepted and kMaxNodes after a leaf.
+// What comes after a node, beside a child that is accepted and kMaxNodes after a leaf whose row is not read: greedily
+// kRejected says that the argmax leads to no child.
 constexpr int kRejected = -1, kNeedsSum = -2, kNoStatistics = -3;
 
 struct TreeShared {
@@ -86,17 +87,17 @@ class SmallTree {
   __device__ __forceinline__ void follow_argmax() const {
     const int warp = warp_index();
     const bool reads_all = params_.num_nodes <= kWarps;
-    const bool exists = reads_all ? warp < params_.num_nodes : exists_;
-    const int node = reads_all ? warp : node_;
-    if (exists) send_largest(0, warp, node, 0, 1);
+    const int num_rows = reads_all ? params_.num_nodes : params_.num_inner;
+    const auto node_of = [&](int row) { return reads_all ? row : static_cast<int>(params_.inner_nodes[row]); };
+    send_largest(0, num_rows, node_of);
     context_.note(Mark::kRead);
     if (reads_all && context_.rank() != 0) return;
-    if (exists) publish_argmax(node, receive_largest(0, warp));
+    if (warp < num_rows) publish_argmax(node_of(warp), receive_largest(0, warp));
     __syncthreads();
     context_.note(Mark::kStatistics);
     const Place place = walk();
     const bool reads_leaf = place.next == kMaxNodes;
-    if (reads_leaf) send_largest(1, 0, place.node, warp, kWarps);
+    if (reads_leaf) send_largest(1, 1, [&](int) { return place.node; });
     if (context_.rank() != 0 || warp != 0) return;
     const RowStats row = reads_leaf ? receive_largest(1, 0) : shared_.stats[place.node];
     write(place, row.valid ? row.argmax : -1);
@@ -131,6 +132,7 @@ class SmallTree {
   }
 
   // In the mailbox, rows come in the pairs of their nodes; sums take turns with two kinds, draws have the rest.
+  // Greedily the leaf's row is of the second kind.
   __device__ __forceinline__ Message* about_slice(int kind, int row, int slice) const {
     return mail_ + ((kind * mail_rows_ + row) * num_slices_ + slice);
   }
@@ -148,41 +150,36 @@ class SmallTree {
     return min(first_tile(local) + tiles_per_slice_, num_tiles_);
   }
 
-  // The largest logit of the node's row in this block's slices `local`, `local + step`, ..., and its first place there;
-  // messages of kind and number `exchange`. The next tile is under way while one is looked at.
-  __device__ __forceinline__ void send_largest(int exchange, int message_row, int node, int local, int step) const {
-    if (local >= num_local_) return;
-    const Row<kType> row = context_.target_row(node);
-    float4 x[kVectors], following[kVectors];
-    load_tile(row, first_tile(local), x);
-#pragma unroll 1
-    for (; local < num_local_; local += step) {
-      const int first = first_tile(local), end = end_tile(local);
-      TileStats largest;
-#pragma unroll 1
-      for (int tile = first; tile < end; ++tile) {
-        if (tile + 1 < end || local + step < num_local_) {
-          load_tile(row, tile + 1 < end ? tile + 1 : first_tile(local + step), following);
-        }
-        const TileStats next = greedy_statistics(x, tile);
-        largest = tile == first ? next : join(largest, next, 1.0f, true);
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) x[j] = following[j];
+  // The largest logits of this block's slices of some nodes' rows, and where they come first; in messages of the kind
+  // and number of the exchange.
+  template <typename NodeOf>
+  __device__ __forceinline__ void send_largest(int exchange, int num_rows, NodeOf node_of) const {
+    const auto wanted = [](int) { return true; };
+    const auto load = [&](const Tiles& at, float4(&x)[kVectors]) {
+      load_tile(context_.target_row(node_of(at.items.row)), at.tile, x);
+    };
+    const Tiles start(context_, num_rows, wanted);
+    if (!start.left()) return;
+    float4 x[kVectors];
+    load(start, x);
+    TileStats largest;
+    read_tiles(context_, start, x, wanted, load, [&](const Tiles& at) {
+      const TileStats next = greedy_statistics(x, at.tile);
+      largest = at.is_first() ? next : join(largest, next, 1.0f, true);
+      if (at.is_last() && lane_index() == 0) {
+        send(about_slice(exchange, at.items.row, context_.slice(at.items.local)),
+             content_of(largest.maximum, largest.mass), number(exchange));
       }
-      if (lane_index() == 0) {
-        send(about_slice(exchange, message_row, context_.slice(local)), content_of(largest.maximum, largest.mass),
-             number(exchange));
-      }
-    }
+    });
   }
 
-  __device__ __forceinline__ RowStats receive_largest(int exchange, int message_row) const {
-    return num_slices_ > 64 ? received_largest<4>(exchange, message_row) : received_largest<2>(exchange, message_row);
+  __device__ __forceinline__ RowStats receive_largest(int exchange, int row) const {
+    return num_slices_ > 64 ? received_largest<4>(exchange, row) : received_largest<2>(exchange, row);
   }
   template <int kCount>
-  __device__ __forceinline__ RowStats received_largest(int exchange, int message_row) const {
+  __device__ __forceinline__ RowStats received_largest(int exchange, int row) const {
     const auto inside = [&](int i) { return lane_index() + 32 * i < num_slices_; };
-    const Message* const from = about_slice(exchange, message_row, lane_index());
+    const Message* const from = about_slice(exchange, row, lane_index());
     uint64_t contents[kCount];
     receive(contents, number(exchange), inside, [&](int i) { return from + 32 * i; });
     return merge_contents<kCount>(contents, inside, 1.0f, true);

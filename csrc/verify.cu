@@ -1,4 +1,4 @@
-// The host's side of a verification: how it is dealt out, and which kernel.
+// The host's side of a verification: how it is dealt out, and for which element type.
 #include <algorithm>
 
 #include "context.cuh"

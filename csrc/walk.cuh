@@ -133,7 +133,7 @@ struct Shared {
   Penalties penalties;  // and with them the tokens and parents of the tree
   Test tests[kMaxNodes];
   Known known[kMaxNodes];
-  int next[kMaxNodes];  // greedy: the child that the argmax leads to; kMaxNodes if none
+  int next[kMaxNodes];  // greedy: the child that the argmax leads to; kMaxNodes if none. Small trees: see tree.cuh
   int drawn[kMaxNodes];  // rules that follow one token per row: that token, -1 if the row is no law, or kNotDrawn
   int removed_token[kMaxNodes];  // rejected siblings at the current node,
   float removed_scale[kMaxNodes];  // and how much of q was taken off them

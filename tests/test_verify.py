@@ -159,10 +159,9 @@ def test_where_nothing_is_left_after_several_siblings(backend):
     assert_same(expected, got, "siblings")
 
 
-def check_greedy_paths(tree, rule, backend, device, batches):
+def check_greedy_paths(tree, rule, backend, device, batches, vocab_size=4097):
     """One sequence for each node: the argmax leads there and to no child of it; one in three ends at a broken row."""
-    nodes, vocab_size = tree.num_nodes, 4097
-    generator = torch.Generator().manual_seed(nodes)
+    nodes, generator = tree.num_nodes, torch.Generator().manual_seed(tree.num_nodes)
     logits = torch.randn(nodes, nodes, vocab_size, generator=generator)
     drawn = torch.stack([torch.randperm(vocab_size, generator=generator) for _ in range(nodes)])
     tokens, others = drawn[:, :nodes].contiguous(), drawn[:, nodes]
@@ -212,6 +211,16 @@ GREEDY_TREES = (
 def test_greedy_paths_to_every_node(backend, rule, tree):
     nodes = range(tree.num_nodes)
     check_greedy_paths(tree, rule, backend, "cuda", [list(nodes), *([node] for node in nodes)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+def test_greedy_paths_over_a_large_vocabulary(backend):
+    """So many tokens that a slice is two tiles, and a lane has four slices of a row."""
+    tree = DraftTree.kary((3, 2, 2))
+    nodes = range(tree.num_nodes)
+    batches = [list(nodes), *([node] for node in nodes)]
+    check_greedy_paths(tree, Rule.RECURSIVE_REJECTION, backend, "cuda", batches, vocab_size=66049)
 
 
 def test_greedy_paths_to_every_node_by_the_reference():
