@@ -27,6 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # tests/test_compile.py compiles the CUDA sources wherever nvcc is, GPU or not.
 comma := ,
+CPP_SOURCES := csrc/* tests/emulator/*
 EXTRAS := test,lint$(if $(NVCC),$(comma)build)
 
 .PHONY: demo test lint format bench sanitize picture install clean
@@ -39,14 +40,14 @@ test: $(INSTALLED)
 
 lint: $(INSTALLED)
 	@failed=0; \
-	for check in "ruff check ." "ruff format --check ." "clang-format --dry-run -Werror csrc/*"; do \
+	for check in "ruff check ." "ruff format --check ." "clang-format --dry-run -Werror $(CPP_SOURCES)"; do \
 		echo "$$check"; $(BIN)/$$check || failed=1; \
 	done; exit $$failed
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt 'matplotlib>=3.8'

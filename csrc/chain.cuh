@@ -652,8 +652,7 @@ class Chain {
   }
 
   __device__ __forceinline__ static RowLists& row_lists(int node) {
-    extern __shared__ __align__(16) unsigned char dynamic_shared[];
-    return reinterpret_cast<RowLists*>(dynamic_shared)[node];
+    return reinterpret_cast<RowLists*>(dynamic_shared())[node];
   }
 
   // The lists of a node's row, and what it keeps; false if the lists do not tell, or it is too much.

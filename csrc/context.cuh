@@ -5,6 +5,7 @@
 #include "mail.cuh"
 #include "params.h"
 #include "philox.cuh"
+#include "ptx.cuh"
 #include "rows.cuh"
 #include "walk.cuh"
 
@@ -13,13 +14,6 @@ namespace fastspec {
 constexpr int kTeams = kWarps / kPhases;
 constexpr int kPhase = kTile / kPhases;  // tokens of a tile that each takes, four per lane
 constexpr int kKinds = kListed / 2 + 1;  // messages about a slice of a row that is cut; else it is one
-
-// What precedes the kernel in the stream has written its inputs. What follows it may be set up from here on.
-__device__ __forceinline__ void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 // What all functions below share.
 template <LogitType kType>

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "patience.cuh"
+#include "ptx.cuh"
 #include "reduce.cuh"
 
 namespace fastspec {
@@ -29,27 +30,12 @@ __device__ __forceinline__ float second_of(uint64_t content) {
 }
 
 __device__ __forceinline__ void send(Message* to, uint64_t content, uint64_t number) {
-  asm volatile(
-      "{\n"
-      ".reg .b128 message;\n"
-      "mov.b128 message, {%1, %2};\n"
-      "st.relaxed.gpu.global.b128 [%0], message;\n"
-      "}" ::"l"(to),
-      "l"(content), "l"(number)
-      : "memory");
+  store_pair(to, content, number);
 }
 
 __device__ __forceinline__ Message look(const Message* at) {
   Message message;
-  asm volatile(
-      "{\n"
-      ".reg .b128 message;\n"
-      "ld.relaxed.gpu.global.b128 message, [%2];\n"
-      "mov.b128 {%0, %1}, message;\n"
-      "}"
-      : "=l"(message.content), "=l"(message.number)
-      : "l"(at)
-      : "memory");
+  load_pair(at, message.content, message.number);
   return message;
 }
 

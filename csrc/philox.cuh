@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "ptx.cuh"
+
 namespace fastspec {
 
 // Disjoint sources of randomness within a cycle; the values of fastspec.philox.Stream.
@@ -85,8 +87,7 @@ __device__ __forceinline__ float exponential_of(float t) {
   series = fmaf(series, t, 0.3333897590637207f);
   series = fmaf(series, t, 0.49999910593032837f);
   series = fmaf(series, t, 1.0f);
-  float logarithm;  // 1 - t may round to zero
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(logarithm) : "f"(fmaxf(1.0f - t, 0x1p-33f)));
+  const float logarithm = log2_fast(fmaxf(1.0f - t, 0x1p-33f));  // 1 - t may round to zero
   return t < 0.25f ? series * t : -0.6931471805599453f * logarithm;
 }
 

@@ -11,6 +11,7 @@
 #include "launch.cuh"
 #include "params.h"
 #include "philox.cuh"
+#include "ptx.cuh"
 #include "rows.cuh"
 #include "threshold.cuh"
 
@@ -146,8 +147,7 @@ __device__ __forceinline__ RowStats group_statistics(Shared& shared, const Task<
 
 template <LogitType kType>
 __global__ void __launch_bounds__(kThreads, 1) propose_kernel(const __grid_constant__ ProposeParams params) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   shared.exchange.arrive();
   const int group = static_cast<int>(blockIdx.x) / group_size();
   const int sequence = group / params.num_rows, row = group % params.num_rows;

@@ -9,18 +9,13 @@
 #include <cstdint>
 
 #include "params.h"
+#include "ptx.cuh"
 #include "reduce.cuh"
 
 namespace fastspec {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kVectors = 4;  // a lane's share of a tile: of four tokens, kTile / 4 apart
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // The sampling parameters of one sequence.
 struct Law {
@@ -118,38 +113,6 @@ static __device__ __noinline__ float4 load_singly(const void* logits, int first,
     if constexpr (kType == LogitType::kHalf) x[i] = __half2float(static_cast<const __half*>(logits)[first + i]);
   }
   return {x[0], x[1], x[2], x[3]};
-}
-
-// What lies at an address if it may be read, else `nothing` in all its words.
-__device__ __forceinline__ float4 load_if(bool inside, const float4* at, float nothing) {
-  float4 x;
-  asm volatile(
-      "{\n"
-      ".reg .pred inside;\n"
-      "setp.ne.s32 inside, %4, 0;\n"
-      "mov.f32 %0, %6;\n"
-      "mov.f32 %1, %6;\n"
-      "mov.f32 %2, %6;\n"
-      "mov.f32 %3, %6;\n"
-      "@inside ld.global.v4.f32 {%0, %1, %2, %3}, [%5];\n"
-      "}"
-      : "=&f"(x.x), "=&f"(x.y), "=&f"(x.z), "=&f"(x.w)
-      : "r"(static_cast<int>(inside)), "l"(at), "f"(nothing));
-  return x;
-}
-__device__ __forceinline__ uint2 load_if(bool inside, const uint2* at, uint32_t nothing) {
-  uint2 x;
-  asm volatile(
-      "{\n"
-      ".reg .pred inside;\n"
-      "setp.ne.s32 inside, %2, 0;\n"
-      "mov.b32 %0, %4;\n"
-      "mov.b32 %1, %4;\n"
-      "@inside ld.global.v2.b32 {%0, %1}, [%3];\n"
-      "}"
-      : "=&r"(x.x), "=&r"(x.y)
-      : "r"(static_cast<int>(inside)), "l"(at), "r"(nothing));
-  return x;
 }
 
 // One row of logits.
