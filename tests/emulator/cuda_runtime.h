@@ -62,7 +62,8 @@ namespace emulator {
 // Lets others go on.
 void yield();
 // What all lanes of the warp bring to a collective operation; all must come to the same.
-const uint64_t* gather(int operation, uint64_t value);
+enum Operation { kShuffle, kShuffleXor, kShuffleUp, kShuffleDown, kBallot, kMax, kMin, kSync };
+const uint64_t* gather(Operation operation, uint64_t value);
 // __syncthreads_or().
 int meet(int value);
 unsigned char* dynamic_shared();
@@ -76,8 +77,6 @@ To bits(From from) {
   std::memcpy(&to, &from, sizeof(to));
   return to;
 }
-
-enum Operation { kShuffle = 1, kShuffleXor, kShuffleUp, kShuffleDown, kBallot, kMax, kMin, kSync };
 
 // Shuffles values of up to 8 bytes; source(lane) is the lane that each gets its value from.
 template <typename T, typename Source>

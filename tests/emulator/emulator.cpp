@@ -14,16 +14,18 @@ thread_local dim3 threadIdx, blockIdx, gridDim;
 namespace emulator {
 namespace {
 
-constexpr int kMaxThreads = 1024;
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kRounds = 4;         // of all lanes of a block, before another block has its turn
-constexpr long kPatience = 200000;  // turns of all blocks, none of which ends
+constexpr long kPatience = 200000;  // turns of all blocks, after which a launch is given up
+
+const char* const kNames[] = {"__shfl_sync",   "__shfl_xor_sync",   "__shfl_up_sync",    "__shfl_down_sync",
+                              "__ballot_sync", "__reduce_max_sync", "__reduce_min_sync", "__syncwarp"};
 
 struct Warp {
   uint64_t values[32], gathered[32];
   uint32_t arrived = 0;
   uint64_t generation = 0;
-  int operation = 0;
+  Operation operation = kSync;
 };
 
 struct Fiber {
@@ -42,6 +44,10 @@ struct Launch {
   const std::function<void()>& kernel;
   std::string failure;  // what went wrong; all leave then
 };
+
+class Block;
+thread_local Block* current_block;
+alignas(16) thread_local unsigned char shared_memory[kSharedBytes];
 
 // One block, by a thread that runs when it has its turn: shared memory is local to the thread.
 class Block {
@@ -80,12 +86,12 @@ class Block {
   void yield() {
     if (_setjmp(fibers_[current_].context) == 0) _longjmp(scheduler_, 1);
   }
-  const uint64_t* gather(int operation, uint64_t value) {
+  const uint64_t* gather(Operation operation, uint64_t value) {
     Warp& warp = warps_[current_ / 32];
     if (warp.arrived == 0) warp.operation = operation;
     if (warp.operation != operation) {
-      fail("lane " + std::to_string(current_) + " at another operation than its warp: " + std::to_string(operation) +
-           " and " + std::to_string(warp.operation));
+      fail("thread " + std::to_string(current_) + " is at " + kNames[operation] + ", its warp at " +
+           kNames[warp.operation]);
     }
     warp.values[current_ % 32] = value;
     warp.arrived |= 1u << current_ % 32;
@@ -101,15 +107,18 @@ class Block {
   int meet(int value) {
     any_ |= value;
     const uint64_t generation = generation_;
-    if (++met_ == live_) {
-      result_ = any_, any_ = 0, met_ = 0, ++generation_;
-    } else {
-      while (generation_ == generation) yield();
-    }
+    ++met_;
+    open_barrier();
+    while (generation_ == generation) yield();
     return result_;
   }
 
  private:
+  // If all threads are there; those that have ended count, too.
+  void open_barrier() {
+    if (met_ == live_) result_ = any_, any_ = 0, met_ = 0, ++generation_;
+  }
+
   void fail(const std::string& what) {
     if (launch_.failure.empty()) launch_.failure = where() + ": " + what;
     for (;;) yield();
@@ -118,7 +127,7 @@ class Block {
   void run() {
     current_block = this;
     blockIdx = index_, gridDim = grid_;
-    std::memset(dynamic_shared(), 0xff, kSharedBytes);
+    std::memset(shared_memory, 0xff, kSharedBytes);
     for (;;) {
       go_.acquire();
       for (int round = 0; round < kRounds && live_ > 0 && launch_.failure.empty(); ++round) run_round();
@@ -159,13 +168,10 @@ class Block {
     block.launch_.kernel();
     block.fibers_[block.current_].done = true;
     --block.live_;
+    block.open_barrier();
     _longjmp(block.scheduler_, 1);
   }
 
- public:
-  static thread_local Block* current_block;
-
- private:
   Launch& launch_;
   const dim3 grid_, index_;
   const int num_threads_;
@@ -183,14 +189,11 @@ class Block {
   std::thread thread_;
 };
 
-thread_local Block* Block::current_block;
-alignas(16) thread_local unsigned char shared_memory[kSharedBytes];
-
 }  // namespace
 
-void yield() { Block::current_block->yield(); }
-const uint64_t* gather(int operation, uint64_t value) { return Block::current_block->gather(operation, value); }
-int meet(int value) { return Block::current_block->meet(value); }
+void yield() { current_block->yield(); }
+const uint64_t* gather(Operation operation, uint64_t value) { return current_block->gather(operation, value); }
+int meet(int value) { return current_block->meet(value); }
 unsigned char* dynamic_shared() { return shared_memory; }
 
 int launch(dim3 grid, unsigned threads, const std::function<void()>& kernel) {
