@@ -21,7 +21,6 @@ constexpr int kMaxChain = 16;  // nodes
 constexpr int kHalves = 2;  // warps that receive together what the phases of a pass have found
 constexpr int kMaxKept = 128;  // tokens of a row that is cut
 constexpr int kDecided = -1;
-constexpr uint32_t kNoLaw = kPayload;  // in place of a token: the row has a NaN or +inf
 
 // What every warp knows of its sequence.
 struct Sequence {
@@ -169,12 +168,11 @@ class Chain {
   }
   __device__ __forceinline__ Message* verdict(int row) const { return about_slice(2 * kKinds, 0, 0) + row; }
   __device__ __forceinline__ uint64_t number(uint32_t payload) const {
-    return sequence_.launch << kNumberBits | 1u << kPayloadBits | payload;
+    return payload_number(sequence_.launch, payload);
   }
   template <int kCount, typename Wanted, typename At>
   __device__ __forceinline__ void receive_all(Message (&messages)[kCount], Wanted wanted, At at) const {
-    const uint64_t expected = number(0);
-    receive(messages, [&](uint64_t found) { return ((found ^ expected) & ~uint64_t{kPayload}) == 0; }, wanted, at);
+    receive_payloads(messages, sequence_.launch, wanted, at);
   }
 
   // Whether message i is about a slice, of those that are kCount of a lane.
@@ -209,13 +207,8 @@ class Chain {
   __device__ __forceinline__ RowStats receive_row(int row) const {
     Message messages[kCount];
     receive_slices(messages, about_slice(0, row, lane_index()));
-    TileStats slices[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      slices[i] = {-kInfinity, 0.0f};
-      if (is_slice<kCount>(i)) slices[i] = {first_of(messages[i].content), second_of(messages[i].content)};
-    }
-    return merge_slices(slices, scale_of(row), sequence_.law.greedy);
+    return merge_contents<kCount>([&](int i) { return messages[i].content; },
+                                  [&](int i) { return is_slice<kCount>(i); }, scale_of(row), sequence_.law.greedy);
   }
   __device__ __forceinline__ RowStats receive_row(int row) const {
     return params_.slicing.num_slices > 64 ? receive_row<4>(row) : receive_row<2>(row);
@@ -416,11 +409,8 @@ class Chain {
   }
 
   __device__ __forceinline__ void send_draw(const Tiles& at, int phase, const Partial& drawn) const {
-    const bool law = drawn.sum < kInfinity;
-    if (lane_index() == 0) {
-      send(about_part(num_nodes_ - 1, phase, context_.slice(at.items.local)), content_of(drawn.left, drawn.best.score),
-           number(law ? drawn.best.token : kNoLaw));
-    }
+    if (lane_index() != 0) return;
+    send_drawn(about_part(num_nodes_ - 1, phase, context_.slice(at.items.local)), drawn, true, sequence_.launch);
   }
 
   // What was found in half of the phases.
@@ -447,10 +437,7 @@ class Chain {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if (!is_slice<kCount>(i)) continue;
-      const int token = static_cast<int>(messages[i].number & kPayload);
-      const Partial next = {token == static_cast<int>(kNoLaw) ? NAN : 0.0f,
-                            first_of(messages[i].content),
-                            {second_of(messages[i].content), token}};
+      const Partial next = drawn_of(messages[i], true);
       drawn = i == 0 ? next : join(drawn, next, true, sequence_.law.scale);
     }
     keep_draw(phase, drawn);
@@ -520,8 +507,7 @@ class Chain {
     for (int i = 0; i < kMessages<kCount>; ++i) {
       if (!is_slice<kCount>(i)) continue;
       found.sum += first_of(messages[i].content);
-      found.best =
-          better(found.best, {second_of(messages[i].content), static_cast<int>(messages[i].number & kPayload)});
+      found.best = better(found.best, {second_of(messages[i].content), static_cast<int>(payload_of(messages[i]))});
     }
     return {warp_sum(found.sum), warp_best(found.best)};
   }
@@ -588,7 +574,7 @@ class Chain {
         const int node = min(lane_index(), num_nodes_ - 1);
         Message messages[1];
         receive_all(messages, [](int) { return true; }, [&](int) { return verdict(node); });
-        found = (messages[0].number & kPayload) != 0;
+        found = payload_of(messages[0]) != 0;
       }
       return __syncthreads_or(!found) ? 1 : kDecided;
     }
@@ -677,7 +663,7 @@ class Chain {
         if (slice(i) >= num_slices) continue;
         const int kind = i / kAtOnce;
         lists.lists.keep(kind, slice(i), {first_of(messages[i].content), second_of(messages[i].content)});
-        if (kind < kListed / 2) lists.places[kind][slice(i)] = static_cast<uint32_t>(messages[i].number & kPayload);
+        if (kind < kListed / 2) lists.places[kind][slice(i)] = payload_of(messages[i]);
       }
     }
     __syncwarp();

@@ -74,9 +74,11 @@ struct Context {
   __device__ __forceinline__ bool draws_last() const {
     return params.draws_last && shared.walk.reads == 0 && !shared.law.greedy && !shared.law.cuts;
   }
+  // Which launch of the group this is.
+  __device__ __forceinline__ uint64_t launch() const { return shared.epoch + 1; }
   // The number of the exchange that is under way, and which half it uses.
   __device__ __forceinline__ uint64_t number() const {
-    return (shared.epoch + 1) << kNumberBits | static_cast<uint32_t>(shared.walk.reads + shared.walk.passes);
+    return exchange_number(launch(), shared.walk.reads + shared.walk.passes);
   }
   __device__ __forceinline__ int half() const {
     return (shared.walk.need == Need::kRead ? shared.walk.reads : shared.walk.passes) & 1;
@@ -272,13 +274,13 @@ __device__ __forceinline__ TileStats join(TileStats before, TileStats next, floa
 }
 
 // Statistics of a row from what messages say of its slices, of which each lane has some; by one warp.
-template <int kCount, typename Inside>
-__device__ __forceinline__ RowStats merge_contents(const uint64_t* contents, Inside inside, float scale, bool greedy) {
+template <int kCount, typename Content, typename Inside>
+__device__ __forceinline__ RowStats merge_contents(Content content, Inside inside, float scale, bool greedy) {
   TileStats slices[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     slices[i] = {-kInfinity, 0.0f};
-    if (inside(i)) slices[i] = {first_of(contents[i]), second_of(contents[i])};
+    if (inside(i)) slices[i] = {first_of(content(i)), second_of(content(i))};
   }
   return merge_slices(slices, scale, greedy);
 }
@@ -312,6 +314,20 @@ __device__ __forceinline__ Partial draw_of_lanes(Partial found, bool bare, float
 // Of a bare draw: whether there is a law to draw from.
 __device__ __forceinline__ bool is_law(const Partial& drawn) {
   return drawn.sum < kInfinity && drawn.left > -kInfinity;
+}
+
+constexpr uint32_t kNoLaw = kPayload;  // in place of a token: the row has a NaN or +inf
+
+// A draw as a message whose payload is its token. Of the mass of a bare one no more is told than whether there is a
+// law.
+__device__ __forceinline__ void send_drawn(Message* to, const Partial& drawn, bool bare, uint64_t launch) {
+  const uint32_t token = drawn.sum < kInfinity ? static_cast<uint32_t>(drawn.best.token) : kNoLaw;
+  send(to, content_of(bare ? drawn.left : drawn.sum, drawn.best.score), payload_number(launch, token));
+}
+__device__ __forceinline__ Partial drawn_of(const Message& message, bool bare) {
+  const uint32_t token = payload_of(message);
+  const float value = first_of(message.content), sum = bare ? 0.0f : value;
+  return {token == kNoLaw ? NAN : sum, bare ? value : 0.0f, {second_of(message.content), static_cast<int>(token)}};
 }
 
 // No part of a row.

@@ -20,6 +20,15 @@ struct alignas(16) Message {
 // has to say.
 constexpr int kPayloadBits = 22, kNumberBits = kPayloadBits + 1;
 constexpr uint32_t kPayload = (1u << kPayloadBits) - 1;
+__device__ __forceinline__ uint64_t exchange_number(uint64_t launch, int exchange) {
+  return launch << kNumberBits | static_cast<uint32_t>(exchange);
+}
+__device__ __forceinline__ uint64_t payload_number(uint64_t launch, uint32_t payload) {
+  return launch << kNumberBits | 1u << kPayloadBits | payload;
+}
+__device__ __forceinline__ uint32_t payload_of(const Message& message) {
+  return static_cast<uint32_t>(message.number) & kPayload;
+}
 
 __device__ __forceinline__ uint64_t content_of(float first, float second) {
   return static_cast<uint64_t>(__float_as_uint(second)) << 32 | __float_as_uint(first);
@@ -62,6 +71,12 @@ __device__ __forceinline__ void receive(uint64_t (&contents)[kCount], uint64_t n
   receive(messages, [&](uint64_t found) { return found == number; }, wanted, at);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) contents[i] = messages[i].content;
+}
+// Those whose numbers are of the launch and have a payload.
+template <int kCount, typename Wanted, typename At>
+__device__ __forceinline__ void receive_payloads(Message (&messages)[kCount], uint64_t launch, Wanted wanted, At at) {
+  const uint64_t expected = payload_number(launch, 0);
+  receive(messages, [&](uint64_t found) { return ((found ^ expected) & ~uint64_t{kPayload}) == 0; }, wanted, at);
 }
 
 }  // namespace fastspec

@@ -141,9 +141,8 @@ class SmallTree {
   }
   __device__ __forceinline__ Message* about_draw(int part) const { return about_slice(3, 0, 0) + part; }
   __device__ __forceinline__ uint64_t number(int exchange) const {
-    return (shared_.epoch + 1) << kNumberBits | static_cast<uint32_t>(exchange);
+    return exchange_number(context_.launch(), exchange);
   }
-  __device__ __forceinline__ uint64_t number_with(int token) const { return number(1 << kPayloadBits | token); }
 
   __device__ __forceinline__ int first_tile(int local) const { return context_.slice(local) * tiles_per_slice_; }
   __device__ __forceinline__ int end_tile(int local) const {
@@ -182,7 +181,7 @@ class SmallTree {
     const Message* const from = about_slice(exchange, row, lane_index());
     uint64_t contents[kCount];
     receive(contents, number(exchange), inside, [&](int i) { return from + 32 * i; });
-    return merge_contents<kCount>(contents, inside, 1.0f, true);
+    return merge_contents<kCount>([&](int i) { return contents[i]; }, inside, 1.0f, true);
   }
 
   // Which child the argmax of a node's row leads to.
@@ -258,8 +257,8 @@ class SmallTree {
     const auto inside = [&](int i) { return lane_index() + 32 * (i % kCount) < num_slices_; };
     uint64_t contents[2 * kCount];
     receive(contents, number(0), inside, [&](int i) { return from[i / kCount] + 32 * (i % kCount); });
-    target = merge_contents<kCount>(contents, inside, shared_.law.scale, false);
-    draft = merge_contents<kCount>(contents + kCount, inside, kLog2e, false);
+    target = merge_contents<kCount>([&](int i) { return contents[i]; }, inside, shared_.law.scale, false);
+    draft = merge_contents<kCount>([&](int i) { return contents[kCount + i]; }, inside, kLog2e, false);
   }
 
   // Tests the children that are left until one is accepted, or a sum is needed; returns what comes next.
@@ -405,9 +404,7 @@ class SmallTree {
         const int part = warp_index() % kParts;
         const Partial found = draw_of_warp(draw_part(draw, tile, part), draw.bare);
         if (lane_index() == 0) {
-          const bool law = found.sum < kInfinity;
-          send(about_draw(tile * kParts + part), content_of(draw.bare ? found.left : found.sum, found.best.score),
-               number_with(law ? found.best.token : static_cast<int>(kPayload)));
+          send_drawn(about_draw(tile * kParts + part), found, draw.bare, context_.launch());
         }
       }
     }
@@ -495,23 +492,18 @@ class SmallTree {
   // By all threads of the first block, each so many messages at a time.
   template <int kCount>
   __device__ __forceinline__ Partial receive_draw(bool bare, int total) const {
-    const uint64_t expected = number_with(0);
     Partial found = no_part(bare, params_.vocab_size);
 #pragma unroll 1
     for (int base = 0; base < total; base += kCount * kThreads) {
       const auto place = [&](int i) { return base + i * kThreads + static_cast<int>(threadIdx.x); };
       Message messages[kCount];
-      receive(
-          messages, [&](uint64_t number) { return ((number ^ expected) & ~uint64_t{kPayload}) == 0; },
-          [&](int i) { return place(i) < total; }, [&](int i) { return about_draw(min(place(i), total - 1)); });
+      receive_payloads(
+          messages, context_.launch(), [&](int i) { return place(i) < total; },
+          [&](int i) { return about_draw(min(place(i), total - 1)); });
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         if (place(i) >= total) continue;
-        const int token = static_cast<int>(messages[i].number & kPayload);
-        const float value = first_of(messages[i].content);
-        Partial next = {bare ? 0.0f : value, bare ? value : 0.0f, {second_of(messages[i].content), token}};
-        if (token == static_cast<int>(kPayload)) next.sum = NAN;
-        found = join(found, next, bare, shared_.law.scale);
+        found = join(found, drawn_of(messages[i], bare), bare, shared_.law.scale);
       }
     }
     return found;
@@ -525,7 +517,7 @@ class SmallTree {
       params_.num_accepted[sequence] = place.depth;
       params_.next_token[sequence] = token;
       params_.invalid[sequence] = token < 0;
-      context_.header()->content = shared_.epoch + 1;  // all blocks have sent something, so all have seen the old one
+      context_.header()->content = context_.launch();  // all blocks have sent something, so all have seen the old one
     }
     if (lane <= params_.max_depth) {
       params_.path[static_cast<int64_t>(sequence) * (params_.max_depth + 1) + lane] = place.own;

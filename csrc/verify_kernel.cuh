@@ -201,9 +201,9 @@ __device__ __forceinline__ void merge_rows(const Context<kType>& context, int fi
     RowStats stats[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      stats[r] = merge_contents<kCount>(
-          contents + r * kCount, [&](int i) { return inside(r * kCount + i); }, is_target(r) ? law.scale : kLog2e,
-          greedy);
+      stats[r] = merge_contents<kCount>([&](int i) { return contents[r * kCount + i]; },
+                                        [&](int i) { return inside(r * kCount + i); },
+                                        is_target(r) ? law.scale : kLog2e, greedy);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -265,10 +265,10 @@ __device__ __forceinline__ Partial pass_over(const Context<kType>& context, cons
       }
 #pragma unroll 1
       for (int k = 0; k < request.num_removed; ++k) {
-        const int place = shared.removed_token[request.first_removed + k] - first;
+        const int place = shared.removed_token[k] - first;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if (place == j) taken[j] = shared.removed_scale[request.first_removed + k], kept[j] = 0;
+          if (place == j) taken[j] = shared.removed_scale[k], kept[j] = 0;
         }
       }
 #pragma unroll
@@ -382,7 +382,7 @@ __device__ __forceinline__ bool pass(const Context<kType>& context) {
 template <LogitType kType>
 __device__ __forceinline__ void send_last(const Context<kType>& context) {
   const int team = warp_index() / kPhases, phase = warp_index() % kPhases;
-  const Request request = {context.params.num_nodes - 1, 1.0f, 0.0f, 0, 0, true, true, Stream::kEmit};
+  const Request request = {context.params.num_nodes - 1, 1.0f, 0.0f, 0, true, true, Stream::kEmit};
 #pragma unroll 1
   for (Items items(kTeams - 1 - team, kTeams, context.num_local()); items.row == 0; items.advance()) {
     const int slice = context.slice(items.local);
@@ -543,7 +543,7 @@ __device__ __forceinline__ void verify_tree(const Context<kType>& context) {
         context.note(Mark::kWalk);
         write(context.params, shared, context.sequence());
         // All blocks have sent something, so all have seen the old number.
-        if (lane_index() == 0) context.header()->content = shared.epoch + 1;
+        if (lane_index() == 0) context.header()->content = context.launch();
       }
     }
     __syncthreads();

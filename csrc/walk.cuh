@@ -36,7 +36,7 @@ struct alignas(16) Partial {
 struct Request {
   int node;
   float a, c;
-  int first_removed, num_removed;  // tokens removed before, in `removed_token`, keep the c they had
+  int num_removed;  // tokens removed before, the first in `removed_token`, keep the c they had
   bool race;
   bool bare;  // the row's statistics are not known: a draw from the law as it is
   Stream stream;
@@ -214,7 +214,7 @@ class Walk {
       if (shared_.known[node] == Known::kNo) return read(node);
       if (shared_.known[node] == Known::kInvalid) return finish(node, -1);
     }
-    pass(Phase::kLastDraw, {node, 1.0f, 0.0f, 0, 0, true, bare(), Stream::kEmit});
+    pass(Phase::kLastDraw, {node, 1.0f, 0.0f, 0, true, bare(), Stream::kEmit});
   }
 
   // After emit(), or with the winner of another race.
@@ -258,7 +258,7 @@ class Walk {
     at_.need = Need::kPass, at_.phase = Phase::kDraw, at_.node = node;
     const Stream stream = params_.rule == Rule::kDrafterInvariant ? Stream::kCoupled : Stream::kTarget;
     int count = 0;
-    const auto push = [&](int one) { shared_.requests[count++] = {one, 1.0f, 0.0f, 0, 0, true, bare(), stream}; };
+    const auto push = [&](int one) { shared_.requests[count++] = {one, 1.0f, 0.0f, 0, true, bare(), stream}; };
     push(node);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
@@ -352,7 +352,6 @@ class Walk {
                                  root ? 1.0f : shared_.passing_r[place],
                                  1.0f,
                                  0,
-                                 0,
                                  true,
                                  false,
                                  Stream::kEmit};
@@ -398,7 +397,7 @@ class Walk {
     if (at_.phase == Phase::kDraw) {
       if (found.sum > kRounding) return finish(node, found.best.token);
       restore(at_.previous);
-      return pass(Phase::kLastDraw, {node, 1.0f, at_.previous, 0, at_.num_removed, true, false, Stream::kEmit});
+      return pass(Phase::kLastDraw, {node, 1.0f, at_.previous, at_.num_removed, true, false, Stream::kEmit});
     }
     if (at_.phase == Phase::kRest) {
       // What is left of q is summed anew: 1 - q has no digits where a draft was sure of what it drew first.
@@ -432,13 +431,13 @@ class Walk {
         if (accepts(test)) break;
         if (at_.child < last && at_.c != at_.previous) {  // only a later test needs the masses
           at_.node = node;
-          return pass(Phase::kRest, {node, 1.0f, at_.c, 0, at_.num_removed, false, false, Stream::kEmit});
+          return pass(Phase::kRest, {node, 1.0f, at_.c, at_.num_removed, false, false, Stream::kEmit});
         }
       }
       if (at_.child > last) {
         at_.node = node;
         if (!(at_.c > 0)) return emit(node);
-        return pass(Phase::kDraw, {node, 1.0f, at_.c, 0, at_.num_removed, true, false, Stream::kEmit});
+        return pass(Phase::kDraw, {node, 1.0f, at_.c, at_.num_removed, true, false, Stream::kEmit});
       }
       node = at_.child;
       at_.phase = Phase::kArrive;
