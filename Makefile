@@ -22,12 +22,12 @@ else
   FASTSPEC_CUDA_ARCHS ?= $(GPU_ARCHS)
   KERNEL_SOURCES := $(wildcard csrc/*)
 endif
+CPP_SOURCES := csrc/* tests/emulator/*
 export FASTSPEC_CUDA FASTSPEC_CUDA_ARCHS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # tests/test_compile.py compiles the CUDA sources wherever nvcc is, GPU or not.
 comma := ,
-CPP_SOURCES := csrc/* tests/emulator/*
 EXTRAS := test,lint$(if $(NVCC),$(comma)build)
 
 .PHONY: demo test lint format bench sanitize picture install clean

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import subprocess
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +17,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from test_compile import ROOT, run
 
-ROOT = Path(__file__).parent.parent
 EMULATOR = ROOT / "tests" / "emulator"
 SOURCES = (
     "csrc/verify_float.cu",
@@ -79,9 +78,3 @@ def build(compiler: str, include: list[str], folder: Path, module: Path) -> None
         objects = list(pool.map(compile_one, SOURCES))
     run(compiler, "-shared", "-pthread", *objects, "-o", folder / "linked")
     (folder / "linked").replace(module)
-
-
-def run(*command: str | Path) -> None:
-    """Runs a command that must succeed."""
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -9,11 +9,10 @@ import pytest
 import test_propose
 import torch
 from kernel_cases import random_case
-from test_verify import GREEDY_TREES, assert_same, check_greedy_paths, compare, run
+from test_verify import GREEDY_TREES, assert_same, check_greedy_paths, compare, compare_siblings, run
 
 from fastspec import DraftTree
 from fastspec.ops import Verifier
-from fastspec.sampling import SamplingParams
 from fastspec.verification import Rule
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
@@ -50,15 +49,8 @@ def test_proposals_equal_the_reference(exhaustive):
 
 @pytest.mark.parametrize("branching", [(3, 2, 1), (8,), (3, 4, 4)], ids=str)
 def test_siblings_are_rejected_one_after_the_other(branching, exhaustive):
-    compare(
-        range(6000, 6040 if exhaustive else 6006),
-        "cuda",
-        "cpu",
-        tree=DraftTree.kary(branching),
-        rule=Rule.RECURSIVE_REJECTION,
-        params=(SamplingParams(), SamplingParams(temperature=0.7), SamplingParams(temperature=2.0)),
-        vocabularies=(33, 513, 4097),
-    )
+    seeds = range(6000, 6040 if exhaustive else 6006)
+    compare_siblings(seeds, branching, "cuda", "cpu", (33, 513, 4097))
 
 
 @pytest.mark.parametrize("tree", GREEDY_TREES, ids=lambda tree: str(tree.num_nodes))

@@ -118,20 +118,24 @@ def test_where_nothing_is_left_of_a_residual_the_law_itself_is_drawn_from(backen
     assert_same(expected, verify(*arguments, backend=backend), rule.value)
 
 
+def compare_siblings(seeds, branching, backend, device, vocabularies):
+    """Trees that a launch reads at once, with laws that cut nothing."""
+    compare(
+        seeds,
+        backend,
+        device,
+        tree=DraftTree.kary(branching),
+        rule=Rule.RECURSIVE_REJECTION,
+        params=(SamplingParams(), SamplingParams(temperature=0.7), SamplingParams(temperature=2.0)),
+        vocabularies=vocabularies,
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("branching", [(3, 2, 1), (8,), (2, 2, 2), (3, 4, 4)], ids=str)
 def test_siblings_are_rejected_one_after_the_other(backend, branching):
-    """Trees that a launch reads at once, with laws that cut nothing."""
-    compare(
-        range(6000, 6040),
-        backend,
-        "cuda",
-        tree=DraftTree.kary(branching),
-        rule=Rule.RECURSIVE_REJECTION,
-        params=(SamplingParams(), SamplingParams(temperature=0.7), SamplingParams(temperature=2.0)),
-        vocabularies=(33, 513, 4097, 33281),
-    )
+    compare_siblings(range(6000, 6040), branching, backend, "cuda", (33, 513, 4097, 33281))
 
 
 @pytest.mark.gpu
