@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kernel_cases import Case
 
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
 #: Beginnings of the names of our kernels' functions; initcheck looks at every kernel, as any may write what ours read.
 KERNELS = ("verify", "propose", "pass", "commit", "compact")
 #: Racecheck of CUDA 13.0 ends with an error of its own in the pass.
@@ -28,11 +28,11 @@ NOT_WATCHED = {"racecheck": ("pass",)}
 FOUND = 86
 #: Lines of a run's findings.
 SHOWN = 20
-#: Tools that watch a few cases at a time, each time in a process of its own: racecheck takes longer from launch to
+#: Tools that watch a case or two at a time, each time in a process of its own: racecheck takes longer from launch to
 #: launch.
-PARTS = {"racecheck": 5}
+PARTS = {"racecheck": 14}
 #: Runs side by side.
-WORKERS = 4
+WORKERS = max(4, 3 * (os.cpu_count() or 1) // 4)
 SEEDS = 24
 #: Racecheck follows every access to shared memory and takes many times as long as the others: chosen cases alone.
 FEWER_SEEDS = {"racecheck": 0}
